@@ -1,0 +1,63 @@
+# make train   train on scikit-learn's digits four ways and compare them, into runs/digits
+# make test    the whole test suite
+# make bench   the benchmarks
+# make lint    style, formats, types        make format   put the formats right
+# make clean   remove what was compiled     make distclean   the environment, too
+#
+# Each sets .venv up first where that is not done yet, and compiles what changed.
+#   PYTHON=python3.12                        the interpreter (3.10 or later)
+#   TORCH="./torch-2.13.0+cpu-….whl"         which torch to install: a requirement, a file or a
+#                                            URL, where the package index has only CUDA builds
+#                                            and a CPU one is wanted. PIP_EXTRA_INDEX_URL and
+#                                            pip's other variables work as well.
+PYTHON ?= python3
+TORCH ?= torch>=2.11,<2.14
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+COMPILED := $(VENV)/.compiled
+SOURCES := $(shell find csrc -type f)
+PYTHON_FILES := adagrad_kernels tests benchmarks tools setup.py
+
+.PHONY: train test bench lint format clean distclean
+.DELETE_ON_ERROR:
+
+train: $(COMPILED)
+	$(BIN)/adagrad-kernels train --compare --out runs/digits
+
+test: $(COMPILED)
+	$(BIN)/python -m pytest
+
+bench: $(COMPILED)
+	$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+
+lint: $(COMPILED)
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/pyright
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix-only $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/clang-format -i $(SOURCES)
+
+# The environment and everything to be imported, the package itself in editable mode.
+$(INSTALLED): pyproject.toml setup.py tools/build_backend.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "pip>=23" "setuptools>=77" ninja "$(TORCH)"
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[dev]"
+	touch $@
+
+# After that only the kernels, and of those only what changed.
+$(COMPILED): $(INSTALLED) $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info adagrad_kernels/*.so $(COMPILED)
+	find $(PYTHON_FILES) -name __pycache__ -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

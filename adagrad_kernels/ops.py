@@ -1,0 +1,334 @@
+"""Every op, declared once: schema, meaning, shape function.
+
+Kernels register under the same names in `csrc/` (compiled, CPU) and `reference.py` (plain
+PyTorch, everything else); torch's dispatcher chooses by device. None of the ops is
+differentiable: `functional.py` builds the differentiable layers on them.
+
+Notation: b samples, T positions in a sample (1 for a plain vector), I input and O output
+features, c_i the contribution of sample i to the gradient. Low-precision operands are
+computed and returned in float32; float64 stays float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+
+_definitions = torch.library.Library(_library.NAMESPACE, "DEF")
+for _schema in (
+    "sample_statistics(Tensor g) -> (Tensor, Tensor, Tensor)",
+    "pool_samples(Tensor[] probes, SymInt[] rows) -> (Tensor, Tensor)",
+    "adagrad_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] sums, Tensor[] coordinate_sums, "
+    "float lr, float eps, float weight_decay, bool maximize, float grad_scale, int samples) "
+    "-> (Tensor, Tensor)",
+    "adagrad_norm_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) sum, Tensor[] coordinate_sums, "
+    "float[] lr, float eps, float[] weight_decay, bool maximize, float grad_scale, int samples) "
+    "-> (Tensor, Tensor)",
+    "linear_weight_grad(Tensor grad_out, Tensor input, SymInt capacity, bool weight, bool bias, "
+    "bool coordinates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "conv2d_weight_grad(Tensor grad_out, Tensor input, SymInt[] kernel_size, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups, SymInt capacity, bool weight, bool bias, "
+    "bool coordinates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+):
+    _definitions.define(_schema)
+
+NAMES = (
+    "sample_statistics",
+    "pool_samples",
+    "adagrad_",
+    "adagrad_norm_",
+    "linear_weight_grad",
+    "conv2d_weight_grad",
+)
+for _name in NAMES:
+    _definitions.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+_ops = getattr(torch.ops, _library.NAMESPACE)
+
+
+def sample_statistics(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Column sums, column sums of squares and squared row norms, in one pass over g.
+
+        sum[j] = Σ_i g[i, j]    sum_sq[j] = Σ_i g[i, j]²    norms_sq[i] = Σ_j g[i, j]²
+
+    With them: ḡ = sum / b, var_j = (sum_sq[j] − b ḡ_j²) / (b − 1),
+    tr Σ̂ = (Σ_i norms_sq[i] − b ‖ḡ‖²) / (b − 1).
+
+    Args:
+        g: materialised per-sample gradients [b, P] (from `torch.func.vmap`, Opacus, …);
+            float64, float32, bfloat16 or float16.
+
+    Returns:
+        (sum [P], sum_sq [P], norms_sq [b]), float32 or, for float64, float64.
+
+    Raises:
+        RuntimeError: if g does not have two dimensions.
+
+    Example:
+        >>> s, q, n = sample_statistics(torch.tensor([[1., 2.], [3., 4.]]))
+        >>> s.tolist(), q.tolist(), n.tolist()
+        ([4.0, 6.0], [10.0, 20.0], [5.0, 25.0])
+    """
+    return _ops.sample_statistics.default(g)
+
+
+def pool_samples(probes: Sequence[Tensor], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Joins the probe gradients of several micro-batches.
+
+    Args:
+        probes: gradients [2, capacity] of the probe, one a micro-batch (see
+            `linear_weight_grad`).
+        rows: how many samples each micro-batch has.
+
+    Returns:
+        norms [Σ rows], the samples' ‖c_i‖² in order, and totals [4] in float64: Σ‖c_i‖², the
+        least and the largest number of layer calls that counted a sample, and the largest
+        number of calls for a row beyond `rows` (0 unless the layers disagree about b).
+    """
+    return _ops.pool_samples.default(list(probes), list(rows))
+
+
+def adagrad_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    coordinate_sums: Sequence[Tensor] = (),
+    *,
+    lr: float = 1e-2,
+    eps: float = 1e-10,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+    samples: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """AdaGrad's update of many tensors in place, and the reductions of the tests.
+
+        g = grad_scale · grad        d = (−g if maximize else g) + weight_decay · w
+        v ← v + d²                   w ← w − lr · d / (√v + eps)
+
+    Traffic: 20 bytes a float32 parameter (24 with coordinate sums), as without reductions.
+
+    Args:
+        params: the parameters w; dense (any order of strides).
+        grads: their gradients, of the same shapes.
+        sums: the accumulators v, float32 (float64 for float64 parameters), laid out as w.
+        coordinate_sums: Σ_i c_i² for each parameter, of the unscaled gradient; or empty.
+        lr: step size, after any decay.
+        eps: added after the root.
+        weight_decay: multiplies w in d; not part of g and of the reductions.
+        maximize: ascend.
+        grad_scale: factor on the gradients, 1/M after M accumulated micro-batches.
+        samples: N in the variances below; read only with coordinate_sums.
+
+    Returns:
+        ‖g‖² over all tensors (float64, 0-dim), and [4] in float64 with coordinate_sums ([0]
+        without): Σ_j var_j, max_j var_j/g_j² (0/0 counts as 0), Σ_j var_j/(√v_j + eps) and
+        Σ_j g_j²/(√v_j + eps), where var_j = (N² grad_scale² Σ_i c_ij² − N g_j²)/(N − 1).
+
+    Raises:
+        RuntimeError: lists of different lengths, shapes or accumulators that do not fit.
+
+    Source:
+        Duchi, Hazan, Singer 2011; same trajectory as `torch.optim.Adagrad`.
+
+    Example:
+        >>> w, v = torch.ones(2), torch.zeros(2)
+        >>> norm, _ = adagrad_([w], [torch.tensor([3., -4.])], [v], lr=0.5)
+        >>> norm.item(), w.tolist(), v.tolist()
+        (25.0, [0.5, 1.5], [9.0, 16.0])
+    """
+    return _ops.adagrad_.default(
+        params, grads, sums, coordinate_sums, lr, eps, weight_decay, maximize, grad_scale, samples
+    )
+
+
+def adagrad_norm_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    sum: Tensor,
+    coordinate_sums: Sequence[Tensor] = (),
+    *,
+    lr: float | Sequence[float] = 1e-2,
+    eps: float = 1e-10,
+    weight_decay: float | Sequence[float] = 0.0,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+    samples: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """The update with ONE accumulator for all parameters (AdaGrad-Norm).
+
+        v ← v + Σ‖d‖²  over all parameters        w ← w − lr · d / (√v + eps)
+
+    with g and d as in `adagrad_`. Arguments and results are those of `adagrad_`, but `sum` is
+    one float64 number, and `lr` and `weight_decay` may be given for each parameter.
+
+    Source:
+        Ward, Wu, Bottou 2019; AdAdaGradNorm in arXiv 2402.11215.
+
+    Example:
+        >>> w, v = torch.zeros(2), torch.zeros((), dtype=torch.float64)
+        >>> norm, _ = adagrad_norm_([w], [torch.tensor([3., -4.])], v, lr=5.0)
+        >>> norm.item(), w.tolist(), v.item()
+        (25.0, [-3.0, 4.0], 25.0)
+    """
+    n = len(params)
+    rates = [lr] * n if isinstance(lr, (int, float)) else list(lr)
+    decays = [weight_decay] * n if isinstance(weight_decay, (int, float)) else list(weight_decay)
+    return _ops.adagrad_norm_.default(
+        params, grads, sum, coordinate_sums, rates, eps, decays, maximize, grad_scale, samples
+    )
+
+
+def linear_weight_grad(
+    grad_out: Tensor,
+    input: Tensor,
+    capacity: int,
+    weight: bool = True,
+    bias: bool = True,
+    coordinates: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A linear layer's parameter gradients with their per-sample statistics, in one pass.
+
+        c_i = Σ_t grad_out[i, t] ⊗ input[i, t]  and for the bias  Σ_t grad_out[i, t]
+        grad_weight = Σ_i c_i    probe[0, i] = ‖c_i‖² (weight and bias)    weight_sums = Σ_i c_i²
+
+    For T = 1 the norms are ‖grad_out_i‖² (‖input_i‖² + 1) and the sums matrix products; for
+    more positions each c_i is formed in registers and never written.
+
+    Args:
+        grad_out: gradient of the output, [b, …, O].
+        input: the layer's input, [b, …, I], same leading dimensions.
+        capacity: columns of the probe, at least b.
+        weight: whether the weight gradient is wanted.
+        bias: whether the bias gradient is wanted.
+        coordinates: whether the sums of squares are wanted.
+
+    Returns:
+        grad_weight [O, I], grad_bias [O], probe [2, capacity], weight_sums [O, I] and
+        bias_sums [O]; what was not wanted has shape [0]. Row 1 of the probe counts calls: 1
+        for each of the b samples, 0 beyond, so that sums over layers tell how many there were.
+
+    Raises:
+        RuntimeError: shapes that do not fit, or b > capacity.
+    """
+    return _ops.linear_weight_grad.default(grad_out, input, capacity, weight, bias, coordinates)
+
+
+def conv2d_weight_grad(
+    grad_out: Tensor,
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    capacity: int,
+    weight: bool = True,
+    bias: bool = True,
+    coordinates: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A 2-d convolution's parameter gradients with their per-sample statistics, in one pass.
+
+    Like `linear_weight_grad` with T = H'·W' positions and I = C/groups·kh·kw inputs each; the
+    input is never unfolded.
+
+    Args:
+        grad_out: gradient of the output, [b, O, H', W'].
+        input: the layer's input, [b, C, H, W]; any strides.
+        kernel_size: (kh, kw).
+        stride: (vertical, horizontal); padding and dilation likewise.
+        padding: zeros on both sides.
+        dilation: distance of kernel elements.
+        groups: as in `torch.nn.Conv2d`.
+        capacity: columns of the probe, at least b.
+        weight: whether the weight gradient is wanted.
+        bias: whether the bias gradient is wanted.
+        coordinates: whether the sums of squares are wanted.
+
+    Returns:
+        grad_weight [O, C/groups, kh, kw], grad_bias [O], probe [2, capacity], weight_sums and
+        bias_sums as in `linear_weight_grad`.
+
+    Raises:
+        RuntimeError: shapes that do not fit, or b > capacity.
+    """
+    return _ops.conv2d_weight_grad.default(
+        grad_out, input, kernel_size, stride, padding, dilation, groups,
+        capacity, weight, bias, coordinates,
+    )  # fmt: skip
+
+
+# Shape functions, for torch.compile and meta tensors.
+
+
+def _like(tensor: Tensor, *shape: int) -> Tensor:
+    return tensor.new_empty(shape, dtype=reference.compute_dtype(tensor.dtype))
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::sample_statistics")
+def _(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(g, g.shape[1]), _like(g, g.shape[1]), _like(g, g.shape[0])
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::pool_samples")
+def _(probes: list[Tensor], rows: list[int]) -> tuple[Tensor, Tensor]:
+    return probes[0].new_empty(sum(rows)), probes[0].new_empty(4, dtype=torch.float64)
+
+
+def _fake_update(params, grads, sums, coordinate_sums, *options) -> tuple[Tensor, Tensor]:
+    norm = params[0].new_empty((), dtype=torch.float64)
+    return norm, norm.new_empty(4 if coordinate_sums else 0)
+
+
+torch.library.register_fake(f"{_library.NAMESPACE}::adagrad_", _fake_update)
+torch.library.register_fake(f"{_library.NAMESPACE}::adagrad_norm_", _fake_update)
+
+
+def _fake_layer_grads(
+    grad_out: Tensor,
+    weight_shape: tuple[int, ...],
+    capacity: int,
+    weight: bool,
+    bias: bool,
+    coordinates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def output(wanted: bool, *shape: int) -> Tensor:
+        return _like(grad_out, *(shape if wanted else (0,)))
+
+    return (
+        output(weight, *weight_shape),
+        output(bias, weight_shape[0]),
+        output(True, 2, capacity),
+        output(weight and coordinates, *weight_shape),
+        output(bias and coordinates, weight_shape[0]),
+    )
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::linear_weight_grad")
+def _(
+    grad_out: Tensor, input: Tensor, capacity: int, weight: bool, bias: bool, coordinates: bool
+) -> tuple[Tensor, ...]:
+    shape = (grad_out.shape[-1], input.shape[-1])
+    return _fake_layer_grads(grad_out, shape, capacity, weight, bias, coordinates)
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::conv2d_weight_grad")
+def _(
+    grad_out: Tensor,
+    input: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    capacity: int,
+    weight: bool,
+    bias: bool,
+    coordinates: bool,
+) -> tuple[Tensor, ...]:
+    shape = (grad_out.shape[1], input.shape[1] // groups, *kernel_size)
+    return _fake_layer_grads(grad_out, shape, capacity, weight, bias, coordinates)

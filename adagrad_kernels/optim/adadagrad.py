@@ -1,0 +1,130 @@
+"""AdAdaGrad: AdaGrad with a batch size that grows by the gradient's own noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..criteria import Criterion, NormTest
+from .base import AdaptiveAdagrad
+
+
+class AdAdaGrad(AdaptiveAdagrad):
+    """AdaGrad (diagonal) with adaptive batch sizes.
+
+        v ← v + d²        w ← w − lr_k · d / (√v + eps)        lr_k = lr / (1 + (k − 1) lr_decay)
+
+    with d = ḡ + weight_decay · w (−ḡ if maximize), ḡ the mean gradient of the batch. The same
+    trajectory as `torch.optim.Adagrad` while the batch size does not change. After each update
+    the criterion looks at the per-sample gradients and may raise the size of the next batch.
+
+    Use `loss.backward(); opt.step(); opt.zero_grad()` after every micro-batch, with a loss that
+    is a mean over its samples: `step` updates when `batch_size` samples have come together,
+    with the mean over the micro-batches, and `zero_grad` waits for that.
+
+    Args:
+        model: the whole model; it is observed (see `observe`) from now on.
+        lr: learning rate.
+        criterion: the test, `NormTest(0.1)` by default.
+        batch_size: first global batch size; at least 2 to grow.
+        max_batch_size: cap of the batch size.
+        lr_decay: see the formula.
+        weight_decay: see the formula.
+        initial_accumulator_value: v before the first step.
+        eps: added after the root.
+        maximize: ascend.
+        params: parameter groups as in torch, if not all parameters are alike; together they must
+            hold every trainable parameter of the model.
+        **controller: `growth_limit`, `multiple_of`, `every`, `smoothing` of
+            `BatchSizeController`.
+
+    Raises:
+        ValueError: arguments out of range, or what `observe` raises.
+
+    Source:
+        arXiv 2402.11215.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> opt = AdAdaGrad(model, lr=0.1, criterion=NormTest(0.5), batch_size=8)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> opt.step(); opt.zero_grad()
+        >>> opt.statistics.batch_size
+        8
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-2,
+        criterion: Criterion | None = None,
+        batch_size: int = 8,
+        max_batch_size: int = 60000,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        maximize: bool = False,
+        *,
+        params: Iterable[Any] | None = None,
+        **controller: Any,
+    ) -> None:
+        defaults = {
+            "lr_decay": lr_decay,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "maximize": maximize,
+        }
+        criterion = criterion if criterion is not None else NormTest(0.1)
+        super().__init__(
+            model, lr, criterion, batch_size, max_batch_size, params, controller, defaults
+        )
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._init_state(p, group)
+
+    def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["sum"] = torch.full_like(
+                p,
+                group["initial_accumulator_value"],
+                dtype=self._sum_dtype(p),
+                memory_format=torch.preserve_format,
+            )
+        return state
+
+    def _update(self, gradient_scale: float) -> Tensor:
+        norms = []
+        for group in self.param_groups:
+            runs: dict[float, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+            steps: list[Tensor] = []
+            lr, decay = float(group["lr"]), group["lr_decay"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self._init_state(p, group)
+                steps.append(state["step"])
+                rate = lr / (1 + float(state["step"]) * decay) if decay else lr
+                run = runs.get(rate)
+                if run is None:
+                    run = runs[rate] = ([], [], [])
+                run[0].append(p)
+                run[1].append(self._gradient(p))
+                run[2].append(state["sum"])
+            if steps:
+                torch._foreach_add_(steps, 1)
+            for rate, (params, grads, sums) in runs.items():
+                norm_sq, _ = ops.adagrad_(
+                    params, grads, sums, lr=rate, eps=group["eps"],
+                    weight_decay=group["weight_decay"], maximize=group["maximize"],
+                    grad_scale=gradient_scale,
+                )  # fmt: skip
+                norms.append(norm_sq)
+        return norms[0] if len(norms) == 1 else torch.stack(norms).sum()

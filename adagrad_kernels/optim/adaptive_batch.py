@@ -1,0 +1,92 @@
+"""AdaptiveBatch: the same loop around any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..criteria import Criterion, NormTest
+from .cycle import BatchCycle, Cycled
+
+
+class AdaptiveBatch(Cycled):
+    """Adaptive batch sizes for any torch optimizer.
+
+    The loop is that of `AdAdaGrad`: `loss.backward(); opt.step(); opt.zero_grad()` after every
+    micro-batch. When the batch is complete the gradients become the mean over the micro-batches,
+    the optimizer steps, and the criterion may raise the next batch size. Learning rate schedulers
+    take the inner optimizer.
+
+    Args:
+        model: the whole model; it is observed from now on.
+        optimizer: any `torch.optim.Optimizer` of the model's parameters.
+        criterion: the test, `NormTest(0.1)` by default.
+        batch_size: first global batch size.
+        max_batch_size: its cap; equal to batch_size, the batch is fixed and only measured.
+        **controller: `growth_limit`, `multiple_of`, `every`, `smoothing` of
+            `BatchSizeController`.
+
+    Attributes:
+        optimizer: the inner optimizer.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> adam = torch.optim.AdamW(model.parameters())
+        >>> opt = AdaptiveBatch(model, adam, criterion=NormTest(0.5), batch_size=8)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> opt.step(); opt.zero_grad()
+        >>> opt.updated
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        criterion: Criterion | None = None,
+        batch_size: int = 8,
+        max_batch_size: int = 60000,
+        **controller: Any,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
+        criterion = criterion if criterion is not None else NormTest(0.1)
+        self.cycle = BatchCycle(model, criterion, batch_size, max_batch_size, **controller)
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's parameter groups."""
+        return self.optimizer.param_groups
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates and tests when the batch is complete, otherwise only counts the micro-batch."""
+        loss = closure() if closure is not None else None
+        if not self.cycle.complete():
+            return loss
+        self.cycle.measure()
+        scale = self.cycle.gradient_scale
+        if scale != 1:
+            grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+            torch._foreach_mul_(grads, scale)
+        self.optimizer.step()
+        self.cycle.advance()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch, but does nothing while a batch is being accumulated."""
+        if self.cycle.may_zero():
+            self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state, and the batch size with its history."""
+        return {"optimizer": self.optimizer.state_dict(), "adaptive": self.cycle.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores `state_dict()`."""
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.cycle.load_state_dict(state_dict["adaptive"])

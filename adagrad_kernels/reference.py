@@ -1,0 +1,190 @@
+"""Every op in plain PyTorch: the truth in tests (in float64) and the fallback elsewhere.
+
+Each function has the name and the signature of its op in `ops.py`, where formulas, shapes and
+errors are documented.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PIECE = 1 << 24  # elements of per-sample gradients held at a time
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything lower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sample_statistics(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if g.dim() != 2:
+        raise RuntimeError(f"sample_statistics: expected g [b, P], got {g.dim()} dimensions")
+    g = g.to(compute_dtype(g.dtype))
+    square = g * g
+    return g.sum(0), square.sum(0), square.sum(1)
+
+
+def pool_samples(probes: list[Tensor], rows: list[int]) -> tuple[Tensor, Tensor]:
+    norms = torch.cat([probe[0, :n] for probe, n in zip(probes, rows, strict=True)])
+    calls = torch.cat([probe[1, :n] for probe, n in zip(probes, rows, strict=True)])
+    outside = torch.cat([F.pad(p[1, n:], (0, 1)) for p, n in zip(probes, rows, strict=True)])
+    least, most = (calls.min(), calls.max()) if calls.numel() else (calls.sum() - 1, calls.sum())
+    totals = torch.stack([norms.double().sum(), least.double(), most.double(), outside.max()])
+    return norms, totals.double()
+
+
+def _reductions(
+    g: Tensor, coordinate_sums: Tensor, denominator: Tensor, grad_scale: float, samples: int
+) -> Tensor:
+    n = float(samples)
+    g, scale = g.double(), grad_scale**2
+    square = g * g
+    variance = (n * n * scale * coordinate_sums.double() - n * square) / (n - 1)
+    variance = variance.clamp(min=0)
+    ratio = torch.where(variance > 0, variance / square, 0.0)
+    largest = ratio.max() if ratio.numel() else ratio.sum()
+    root = denominator.double()
+    return torch.stack([variance.sum(), largest, (variance / root).sum(), (square / root).sum()])
+
+
+def _pool_reductions(parts: list[Tensor], like: Tensor) -> Tensor:
+    if not parts:
+        return torch.empty(0, dtype=torch.float64, device=like.device)
+    table = torch.stack(parts)
+    pooled = table.sum(0)
+    pooled[1] = table[:, 1].max()
+    return pooled
+
+
+def adagrad_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    coordinate_sums: list[Tensor],
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: float,
+    samples: int,
+) -> tuple[Tensor, Tensor]:
+    norm = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    parts = []
+    for i, (p, grad, v) in enumerate(zip(params, grads, sums, strict=True)):
+        g = grad.to(v.dtype) * grad_scale
+        norm += g.double().square().sum()
+        step = (-g if maximize else g) + weight_decay * p.to(v.dtype)
+        v.add_(step * step)
+        root = v.sqrt() + eps
+        p.copy_(p.to(v.dtype) - lr * step / root)
+        if coordinate_sums:
+            parts.append(_reductions(g, coordinate_sums[i], root, grad_scale, samples))
+    return norm, _pool_reductions(parts, norm)
+
+
+def adagrad_norm_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    sum: Tensor,
+    coordinate_sums: list[Tensor],
+    lr: list[float],
+    eps: float,
+    weight_decay: list[float],
+    maximize: bool,
+    grad_scale: float,
+    samples: int,
+) -> tuple[Tensor, Tensor]:
+    norm = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    steps, scaled = [], []
+    for p, grad, decay in zip(params, grads, weight_decay, strict=True):
+        dtype = compute_dtype(p.dtype)
+        g = grad.to(dtype) * grad_scale
+        norm += g.double().square().sum()
+        scaled.append(g)
+        steps.append((-g if maximize else g) + decay * p.to(dtype))
+        sum.add_(steps[-1].double().square().sum())
+    root = sum.sqrt() + eps
+    parts = []
+    for i, (p, step, rate) in enumerate(zip(params, steps, lr, strict=True)):
+        p.copy_(p.to(step.dtype) - (rate / root).to(step.dtype) * step)
+        if coordinate_sums:
+            parts.append(_reductions(scaled[i], coordinate_sums[i], root, grad_scale, samples))
+    return norm, _pool_reductions(parts, norm)
+
+
+def _probe(norms: Tensor, capacity: int) -> Tensor:
+    if norms.shape[0] > capacity:
+        raise RuntimeError(f"{norms.shape[0]} samples do not fit a probe of capacity {capacity}")
+    return F.pad(torch.stack([norms, torch.ones_like(norms)]), (0, capacity - norms.shape[0]))
+
+
+def _per_sample(
+    g: Tensor, a: Tensor, weight: bool, bias: bool, coordinates: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From g [b, G, O, T] and a [b, G, I, T]: sums, squares and norms of g aᵀ, [G, O, I]."""
+    b, groups, out_features, _ = g.shape
+    shape = (groups, out_features, a.shape[2])
+    empty = g.new_empty(0)
+    grad = g.new_zeros(shape) if weight else empty
+    grad_sq = g.new_zeros(shape) if weight and coordinates else empty
+    norms = [g.new_zeros(0)]
+    piece = max(1, _PIECE // max(1, grad.numel()))
+    for g_part, a_part in zip(g.split(piece), a.split(piece), strict=True) if b else ():
+        part = torch.zeros(g_part.shape[0], dtype=g.dtype, device=g.device)
+        if weight:
+            sample = g_part @ a_part.mT
+            grad = grad + sample.sum(0)
+            square = sample * sample
+            if coordinates:
+                grad_sq = grad_sq + square.sum(0)
+            part = square.sum((1, 2, 3))
+        if bias:
+            part = part + g_part.sum(3).square().sum((1, 2))
+        norms.append(part)
+    sample_bias = g.sum(3).flatten(1)
+    grad_bias = sample_bias.sum(0) if bias else empty
+    bias_sq = sample_bias.square().sum(0) if bias and coordinates else empty
+    return grad, grad_bias, torch.cat(norms), grad_sq, bias_sq
+
+
+def linear_weight_grad(
+    grad_out: Tensor, input: Tensor, capacity: int, weight: bool, bias: bool, coordinates: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(grad_out.dtype)
+    b, out_features, in_features = grad_out.shape[0], grad_out.shape[-1], input.shape[-1]
+    positions = grad_out.shape[1:-1].numel()
+    g = grad_out.to(dtype).reshape(b, positions, out_features).mT.unsqueeze(1)
+    a = input.to(dtype).reshape(b, positions, in_features).mT.unsqueeze(1)
+    grad, grad_bias, norms, grad_sq, bias_sq = _per_sample(g, a, weight, bias, coordinates)
+    grad = grad.squeeze(0) if weight else grad
+    grad_sq = grad_sq.squeeze(0) if weight and coordinates else grad_sq
+    return grad, grad_bias, _probe(norms, capacity), grad_sq, bias_sq
+
+
+def conv2d_weight_grad(
+    grad_out: Tensor,
+    input: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    capacity: int,
+    weight: bool,
+    bias: bool,
+    coordinates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(grad_out.dtype)
+    b, out_channels = grad_out.shape[:2]
+    channels = input.shape[1] // groups
+    g = grad_out.to(dtype).reshape(b, groups, out_channels // groups, -1)
+    options = (tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
+    a = F.unfold(input.to(dtype), *options)
+    a = a.reshape(b, groups, a.shape[1] // groups, -1)[..., : g.shape[3]]
+    grad, grad_bias, norms, grad_sq, bias_sq = _per_sample(g, a, weight, bias, coordinates)
+    shape = (out_channels, channels, *kernel_size)
+    grad = grad.reshape(shape) if weight else grad
+    grad_sq = grad_sq.reshape(shape) if weight and coordinates else grad_sq
+    return grad, grad_bias, _probe(norms, capacity), grad_sq, bias_sq

@@ -1,0 +1,93 @@
+"""What one step measured: `GradientStatistics`, pooled over micro-batches (and ranks)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class GradientStatistics:
+    """Statistics of the per-sample gradients g_i of one step with N samples.
+
+    g_i = N·c_i, where c_i is what sample i added to the gradient, so that their mean ḡ is the
+    gradient itself. Every sample must have the same weight in the loss. Units: those of the
+    gradient (squared where a square is named).
+
+    The sums over samples were pooled and read from the device once, when the object was made;
+    the properties are 0-dim float64 tensors computed from them, and no property synchronises.
+
+    Attributes:
+        batch_size: N, over all micro-batches.
+        sum_norms_sq: Σ_i ‖g_i‖², a Python number.
+        mean_norm_sq: ‖ḡ‖², a Python number.
+        contribution_norms_sq: ‖c_i‖² in the order of the samples, [N].
+        gradient_scale: factor that the optimizer applies to the accumulated gradient (1/M after
+            M micro-batches with mean losses); the other figures include it.
+        coordinate_variance: var_j for each parameter by name, or None if not asked for.
+        inner_products: ⟨g_i, ḡ⟩, or None if not asked for.
+    """
+
+    batch_size: int
+    sum_norms_sq: float
+    mean_norm_sq: float
+    contribution_norms_sq: Tensor | None = None
+    gradient_scale: float = 1.0
+    coordinate_variance: dict[str, Tensor] | None = None
+    inner_products: Tensor | None = None
+
+    @property
+    def variance(self) -> float:
+        """tr Σ̂ as a Python number: (Σ‖g_i‖² − N‖ḡ‖²)/(N−1), at least 0; NaN for N = 1."""
+        n = self.batch_size
+        if n < 2:
+            return math.nan
+        value = (self.sum_norms_sq - n * self.mean_norm_sq) / (n - 1)
+        return max(value, 0.0) if math.isfinite(value) else value
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite."""
+        return math.isfinite(self.sum_norms_sq) and math.isfinite(self.mean_norm_sq)
+
+    @property
+    def grad_norm_sq(self) -> Tensor:
+        """‖ḡ‖², the squared norm of the mean gradient over all observed parameters."""
+        return _scalar(self.mean_norm_sq)
+
+    @property
+    def variance_trace(self) -> Tensor:
+        """tr Σ̂, the sum of the coordinates' sample variances (1/(N−1)); NaN for N = 1."""
+        return _scalar(self.variance)
+
+    @property
+    def sample_norms_sq(self) -> Tensor:
+        """‖g_i‖² in the order of the samples on this rank, [N]."""
+        if self.contribution_norms_sq is None:
+            raise RuntimeError("these statistics were made from sums alone, without samples")
+        return self.contribution_norms_sq * (self.batch_size * self.gradient_scale) ** 2
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """The gradient noise scale tr Σ̂ / (‖ḡ‖² − tr Σ̂/N), with the debiased ‖∇F‖² below.
+
+        Infinite where the debiased square is not positive: the batch shows noise alone
+        (McCandlish et al. 2018).
+        """
+        variance, n = self.variance, self.batch_size
+        signal = self.mean_norm_sq - variance / n
+        if signal > 0 or math.isnan(signal):
+            return _scalar(variance / signal)
+        return _scalar(math.inf if variance > 0 else math.nan)
+
+    @property
+    def inner_product_variance(self) -> Tensor | None:
+        """Var(⟨g_i, ḡ⟩) with 1/(N−1), or None without inner products."""
+        return None if self.inner_products is None else self.inner_products.double().var()

@@ -1,0 +1,20 @@
+// Registers the compiled kernels under the names that adagrad_kernels/ops.py declares.
+// Stable ABI only: one build runs under every torch from 2.11 on.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(adagrad_kernels, CPU, m) {
+  m.impl("sample_statistics", TORCH_BOX(&adagrad_kernels::sample_statistics_cpu));
+  m.impl("pool_samples", TORCH_BOX(&adagrad_kernels::pool_samples_cpu));
+  m.impl("adagrad_", TORCH_BOX(&adagrad_kernels::adagrad_cpu));
+  m.impl("adagrad_norm_", TORCH_BOX(&adagrad_kernels::adagrad_norm_cpu));
+  m.impl("linear_weight_grad", TORCH_BOX(&adagrad_kernels::linear_weight_grad_cpu));
+  m.impl("conv2d_weight_grad", TORCH_BOX(&adagrad_kernels::conv2d_weight_grad_cpu));
+}
+
+// For show_config(): the instruction set in use.
+extern "C" __attribute__((visibility("default"))) const char* adagrad_kernels_isa() {
+  return adagrad_kernels::isa_name(adagrad_kernels::isa());
+}

@@ -1,0 +1,100 @@
+// The CPU kernels: raw pointers in, raw pointers out, no torch header. Each works on a range,
+// so that binding.cpp decides how the work is split over threads. T is float or double.
+#pragma once
+
+#include <cstdint>
+
+namespace adagrad_kernels {
+
+// sample_statistics.inl: columns [first, last) of g [rows, stride]; sum and sum_sq are
+// overwritten there, norms_sq [rows] is added to.
+template <class T>
+void sample_statistics_range(const T* g, int64_t rows, int64_t stride, int64_t first, int64_t last,
+                             T* sum, T* sum_sq, double* norms_sq);
+
+// adagrad.inl: one run of elements of one tensor.
+struct AdagradOptions {
+  double lr, eps, weight_decay, grad_scale;
+  bool maximize;
+  double samples;  // N of the coordinate test; read only where coordinate_sums is given
+};
+struct AdagradReductions {
+  double grad_norm_sq = 0;     // sum of g^2, without weight decay
+  double variance_sum = 0;     // sum of var_j
+  double max_ratio = 0;        // max of var_j / g_j^2, 0/0 taken as 0
+  double variance_metric = 0;  // sum of var_j / (sqrt(v_j) + eps)
+  double grad_metric = 0;      // sum of g_j^2 / (sqrt(v_j) + eps)
+  double decayed_norm_sq = 0;  // sum of (g + weight_decay p)^2
+};
+template <class T>
+AdagradReductions adagrad_range(T* param, const T* grad, T* sum, const T* coordinate_sums,
+                                int64_t n, const AdagradOptions& options);
+// The two passes of the scalar method: squared norms first, then the step with the common
+// denominator sqrt(v) + eps.
+template <class T>
+AdagradReductions adagrad_norm_reduce_range(const T* param, const T* grad, int64_t n,
+                                            const AdagradOptions& options);
+template <class T>
+AdagradReductions adagrad_norm_update_range(T* param, const T* grad, const T* coordinate_sums,
+                                            int64_t n, double denominator,
+                                            const AdagradOptions& options);
+
+// linear.inl: samples [first, last) of grad_out [b, T, O] and input [b, T, I], both contiguous.
+//
+// T = 1: the gradient of a sample is an outer product, so norms[i] = |d_i|^2 (|x_i|^2 + 1),
+// the 1 being the bias. norms is overwritten.
+template <class T>
+void outer_norms_range(const T* grad_out, int64_t out_features, const T* input, int64_t in_features,
+                       bool bias, int64_t first, int64_t last, T* norms);
+// Any T: sums over positions, the bias gradient of each sample; sum and sum_sq [O] and norms
+// are added to, sum_sq may be null. scratch [O].
+template <class T>
+void bias_range(const T* grad_out, int64_t positions, int64_t out_features, int64_t first,
+                int64_t last, T* sum, T* sum_sq, double* norms, T* scratch);
+
+// weight_grad.inl: the weight gradient of samples [first, last) with their squared norms.
+//
+//   gradient_s[m, n] = sum over t of narrow_s[base[m] + position(t)] * wide_s[t, n]
+//
+// n runs along vector lanes, m along registers. Linear: n = input feature, m = output feature.
+// Convolution: n = output channel, m = (input channel, kernel offset); narrow is the padded
+// image itself, so nothing is unfolded.
+template <class T>
+struct WeightGrad {
+  // wide: element (s, t, n) at wide[s * wide_sample + t * wide_position + n * wide_lane]
+  const T* wide;
+  int64_t wide_sample, wide_position, wide_lane;
+  int64_t lanes;        // how many n
+  int64_t panel_width;  // lanes a panel: panel_width<T>(lanes)
+  // narrow: image (s, c, h, w) by strides, packed with zero padding to [channels][height][width]
+  const T* narrow;
+  int64_t narrow_sample, narrow_channel, narrow_row, narrow_column;
+  int64_t channels, rows, columns;           // of the image as given
+  int64_t pad_top, pad_left, height, width;  // of the packed image
+  const int64_t* base;                       // [members], offsets into the packed image
+  int64_t members;                           // how many m
+  int64_t outer_positions, inner_positions, outer_step, inner_step;  // position(t), two loops
+  // outputs, all added to
+  T* sum;          // [panels][members][panel_width]
+  T* sum_sq;       // the same, or null
+  double* norms;   // [samples of the whole batch]
+  T* wide_sum;     // [panels][panel_width]: the bias of a convolution, or null
+  T* wide_sum_sq;  // the same, or null
+  T* scratch;      // chunk * (panels * positions * panel_width + image + 16) elements
+  int64_t chunk;   // samples packed at a time
+};
+// Panels are one or two AVX-512 registers wide: narrow ones where the lanes would not fill two.
+template <class T>
+constexpr int64_t panel_width(int64_t lanes) {
+  const int64_t width = 64 / static_cast<int64_t>(sizeof(T));
+  return (lanes + width - 1) / width % 2 == 1 && lanes <= 3 * width ? width : 2 * width;
+}
+template <class T>
+void weight_grad_range(const WeightGrad<T>& a, int64_t first, int64_t last, int64_t first_panel,
+                       int64_t last_panel);
+// A finished panel to rows of the weight: row = lane where lanes_outer, otherwise row = member.
+template <class T>
+void unpack_panel(const T* panel, int64_t members, int64_t panel_width, int64_t lanes,
+                  bool lanes_outer, int64_t out_stride, T* out);
+
+}  // namespace adagrad_kernels

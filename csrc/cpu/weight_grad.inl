@@ -1,0 +1,270 @@
+// The one-pass weight gradient: each sample's gradient is formed tile by tile in registers,
+// then added to the running sum, its squares to the coordinate sums and its squared length to
+// the sample's norm. It never reaches memory.
+//
+// Cost model. Forming the gradient takes T multiply-adds an element, as any weight gradient;
+// the statistics add 2 vector operations an element and sample (3 with coordinates): 2/T of the
+// work. For a chunk of samples whose operands fit in L2 the running sums of a tile stay in
+// registers or L1 and go to memory once a chunk. A tile of MR members by NV vectors loads
+// MR + NV operands for MR * NV multiply-adds.
+
+#include "vector.inl"
+
+// Registers for one sample's tile: 24 of 32 (AVX-512) or 12 of 16.
+constexpr int kTileVectors = kVectorBytes == 64 ? 24 : 12;
+
+template <class T>
+struct Chunk {
+  const T* wide;        // packed [panel][t][panel_width] of the first sample
+  int64_t wide_stride;  // elements from sample to sample
+  const T* narrow;      // packed image of the first sample
+  int64_t narrow_stride;
+  int64_t samples;
+};
+
+template <class T, int MR, int NV>
+__attribute__((noinline)) void tile(const WeightGrad<T>& a, const Chunk<T>& chunk,
+                                    const T* wide_panel, const int64_t* base, T* sum, T* sum_sq,
+                                    T* norms) {
+  constexpr int kWidth = NV * kLanes<T>;
+  Vector<T> total[MR][NV] = {}, squares[MR][NV] = {};
+  for (int64_t s = 0; s < chunk.samples; ++s) {
+    const T* wide = wide_panel + s * chunk.wide_stride;
+    const T* narrow[MR];
+    for (int m = 0; m < MR; ++m) narrow[m] = chunk.narrow + s * chunk.narrow_stride + base[m];
+    Vector<T> acc[MR][NV] = {};
+    for (int64_t outer = 0; outer < a.outer_positions; ++outer) {
+      int64_t position = outer * a.outer_step;
+      for (int64_t inner = 0; inner < a.inner_positions; ++inner) {
+        Vector<T> w[NV];
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) w[v] = load(wide + v * kLanes<T>);
+#pragma GCC unroll 24
+        for (int m = 0; m < MR; ++m) {
+          const T x = narrow[m][position];
+#pragma GCC unroll 8
+          for (int v = 0; v < NV; ++v) acc[m][v] += x * w[v];
+        }
+        wide += kWidth;
+        position += a.inner_step;
+      }
+    }
+    Vector<T> norm[4] = {};
+#pragma GCC unroll 24
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        const Vector<T> square = acc[m][v] * acc[m][v];
+        total[m][v] += acc[m][v];
+        norm[(m * NV + v) % 4] += square;
+        if (sum_sq) squares[m][v] += square;
+      }
+    }
+    T* out = norms + s * kLanes<T>;
+    store(out, load(out) + ((norm[0] + norm[1]) + (norm[2] + norm[3])));
+  }
+  for (int m = 0; m < MR; ++m) {
+    for (int v = 0; v < NV; ++v) {
+      T* out = sum + m * kWidth + v * kLanes<T>;
+      store(out, load(out) + total[m][v]);
+      if (!sum_sq) continue;
+      out = sum_sq + m * kWidth + v * kLanes<T>;
+      store(out, load(out) + squares[m][v]);
+    }
+  }
+}
+
+// tile<T, MR, NV> for a run-time number of members from 1 to MR.
+template <class T, int MR, int NV>
+ADAGRAD_KERNELS_INLINE void tile_of(int64_t members, const WeightGrad<T>& a, const Chunk<T>& chunk,
+                                    const T* wide_panel, const int64_t* base, T* sum, T* sum_sq,
+                                    T* norms) {
+  if constexpr (MR > 1) {
+    if (members < MR) {
+      return tile_of<T, MR - 1, NV>(members, a, chunk, wide_panel, base, sum, sum_sq, norms);
+    }
+  }
+  tile<T, MR, NV>(a, chunk, wide_panel, base, sum, sum_sq, norms);
+}
+
+// [lanes][t] with t contiguous to [t][width]: 4x4 blocks for float, element by element otherwise.
+template <class T>
+ADAGRAD_KERNELS_INLINE void pack_transposed(const T* in, int64_t lane_stride, int64_t positions,
+                                            int64_t lanes, int64_t width, T* out) {
+  int64_t n = 0;
+#if defined(__GNUC__) && !defined(__clang__)
+  if constexpr (sizeof(T) == 4) {
+    typedef float V4 __attribute__((vector_size(16)));
+    typedef int I4 __attribute__((vector_size(16)));
+    for (; n + 4 <= lanes; n += 4) {
+      const T* row[4] = {in + n * lane_stride, in + (n + 1) * lane_stride,
+                         in + (n + 2) * lane_stride, in + (n + 3) * lane_stride};
+      int64_t t = 0;
+      for (; t + 4 <= positions; t += 4) {
+        V4 r[4];
+        for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], row[i] + t, 16);
+        const V4 a = __builtin_shuffle(r[0], r[1], I4{0, 4, 1, 5});
+        const V4 b = __builtin_shuffle(r[2], r[3], I4{0, 4, 1, 5});
+        const V4 c = __builtin_shuffle(r[0], r[1], I4{2, 6, 3, 7});
+        const V4 d = __builtin_shuffle(r[2], r[3], I4{2, 6, 3, 7});
+        const V4 q[4] = {
+            __builtin_shuffle(a, b, I4{0, 1, 4, 5}), __builtin_shuffle(a, b, I4{2, 3, 6, 7}),
+            __builtin_shuffle(c, d, I4{0, 1, 4, 5}), __builtin_shuffle(c, d, I4{2, 3, 6, 7})};
+        for (int i = 0; i < 4; ++i) __builtin_memcpy(out + (t + i) * width + n, &q[i], 16);
+      }
+      for (; t < positions; ++t) {
+        for (int i = 0; i < 4; ++i) out[t * width + n + i] = row[i][t];
+      }
+    }
+  }
+#endif
+  for (; n < lanes; ++n) {
+    for (int64_t t = 0; t < positions; ++t) out[t * width + n] = in[n * lane_stride + t];
+  }
+}
+
+// One panel of one sample to [t][panel_width], lanes beyond the last zero.
+template <class T>
+ADAGRAD_KERNELS_INLINE void pack_wide(const WeightGrad<T>& a, int64_t sample, int64_t panel,
+                                      T* out) {
+  const int64_t width = a.panel_width, first = panel * width;
+  const int64_t lanes = a.lanes - first < width ? a.lanes - first : width;
+  const int64_t positions = a.outer_positions * a.inner_positions;
+  const T* in = a.wide + sample * a.wide_sample + first * a.wide_lane;
+  if (a.wide_lane == 1) {
+    for (int64_t t = 0; t < positions; ++t) {
+      __builtin_memcpy(out + t * width, in + t * a.wide_position, sizeof(T) * lanes);
+    }
+  } else if (a.wide_position == 1) {
+    pack_transposed(in, a.wide_lane, positions, lanes, width, out);
+  } else {
+    for (int64_t t = 0; t < positions; ++t) {
+      for (int64_t n = 0; n < lanes; ++n) {
+        out[t * width + n] = in[t * a.wide_position + n * a.wide_lane];
+      }
+    }
+  }
+  if (lanes == width) return;
+  for (int64_t t = 0; t < positions; ++t) {
+    for (int64_t n = lanes; n < width; ++n) out[t * width + n] = 0;
+  }
+}
+
+template <class T>
+ADAGRAD_KERNELS_INLINE void pack_narrow(const WeightGrad<T>& a, int64_t sample, T* out) {
+  for (int64_t i = 0; i < a.channels * a.height * a.width; ++i) out[i] = 0;
+  for (int64_t c = 0; c < a.channels; ++c) {
+    for (int64_t h = 0; h < a.rows; ++h) {
+      const T* in = a.narrow + sample * a.narrow_sample + c * a.narrow_channel + h * a.narrow_row;
+      T* row = out + (c * a.height + h + a.pad_top) * a.width + a.pad_left;
+      if (a.narrow_column == 1) {
+        __builtin_memcpy(row, in, sizeof(T) * a.columns);
+      } else {
+        for (int64_t w = 0; w < a.columns; ++w) row[w] = in[w * a.narrow_column];
+      }
+    }
+  }
+}
+
+// Sums of one packed panel over t: one sample's bias gradient.
+template <class T>
+ADAGRAD_KERNELS_INLINE void add_wide_sum(const WeightGrad<T>& a, const T* packed, int64_t panel,
+                                         double* norm) {
+  const int64_t positions = a.outer_positions * a.inner_positions;
+  for (int64_t n = 0; n < a.panel_width; n += kLanes<T>) {
+    Vector<T> part[4] = {};
+    int64_t t = 0;
+    for (; t + 4 <= positions; t += 4) {
+      for (int i = 0; i < 4; ++i) part[i] += load(packed + (t + i) * a.panel_width + n);
+    }
+    for (; t < positions; ++t) part[0] += load(packed + t * a.panel_width + n);
+    const Vector<T> sum = (part[0] + part[1]) + (part[2] + part[3]);
+    T* out = a.wide_sum + panel * a.panel_width + n;
+    store(out, load(out) + sum);
+    *norm += sum_of_lanes<T>(sum * sum);
+    if (!a.wide_sum_sq) continue;
+    out = a.wide_sum_sq + panel * a.panel_width + n;
+    store(out, load(out) + sum * sum);
+  }
+}
+
+template <class T, int NV>
+ADAGRAD_KERNELS_INLINE void panel_of_tiles(const WeightGrad<T>& a, const Chunk<T>& chunk,
+                                           const T* wide_panel, int64_t panel, T* norms) {
+  constexpr int kMembers = kTileVectors / NV > 14 ? 14 : kTileVectors / NV;
+  // Equal tiles: 25 members are 13 + 12, not 14 + 11.
+  const int64_t tiles = (a.members + kMembers - 1) / kMembers;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t m = a.members * i / tiles, end = a.members * (i + 1) / tiles;
+    const int64_t offset = (panel * a.members + m) * a.panel_width;
+    tile_of<T, kMembers, NV>(end - m, a, chunk, wide_panel, a.base + m, a.sum + offset,
+                             a.sum_sq ? a.sum_sq + offset : nullptr, norms);
+  }
+}
+
+template <class T>
+ADAGRAD_KERNELS_INLINE void range(const WeightGrad<T>& a, int64_t first, int64_t last,
+                                  int64_t first_panel, int64_t last_panel) {
+  constexpr int kNarrow = 64 / kVectorBytes;  // vectors in a panel of 64 bytes
+  const int64_t positions = a.outer_positions * a.inner_positions;
+  const int64_t panel_size = positions * a.panel_width;
+  const int64_t image_size = a.channels * a.height * a.width;
+  const bool in_place = a.rows == a.height && a.columns == a.width && a.narrow_column == 1 &&
+                        a.narrow_row == a.width && a.narrow_channel == a.height * a.width;
+  T* wide = a.scratch;
+  T* image = wide + a.chunk * (last_panel - first_panel) * panel_size;
+  T* norms = image + (in_place ? 0 : a.chunk * image_size);
+  for (int64_t s0 = first; s0 < last; s0 += a.chunk) {
+    const int64_t samples = last - s0 < a.chunk ? last - s0 : a.chunk;
+    const Chunk<T> chunk = {wide, (last_panel - first_panel) * panel_size,
+                            in_place ? a.narrow + s0 * a.narrow_sample : image,
+                            in_place ? a.narrow_sample : image_size, samples};
+    for (int64_t s = 0; s < samples; ++s) {
+      store(norms + s * kLanes<T>, Vector<T>{});
+      if (!in_place) pack_narrow(a, s0 + s, image + s * image_size);
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        T* out = wide + s * chunk.wide_stride + (panel - first_panel) * panel_size;
+        pack_wide(a, s0 + s, panel, out);
+        if (a.wide_sum) add_wide_sum(a, out, panel, &a.norms[s0 + s]);
+      }
+    }
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const T* wide_panel = wide + (panel - first_panel) * panel_size;
+      if (a.panel_width == kNarrow * kLanes<T>) {
+        panel_of_tiles<T, kNarrow>(a, chunk, wide_panel, panel, norms);
+      } else {
+        panel_of_tiles<T, 2 * kNarrow>(a, chunk, wide_panel, panel, norms);
+      }
+    }
+    for (int64_t s = 0; s < samples; ++s) {
+      a.norms[s0 + s] += sum_of_lanes<T>(load(norms + s * kLanes<T>));
+    }
+  }
+}
+
+// A finished panel [members][panel_width] to rows of the weight: row = lane (convolution,
+// transposed) or row = member (linear).
+template <class T>
+ADAGRAD_KERNELS_INLINE void unpack(const T* panel, int64_t members, int64_t panel_width,
+                                   int64_t lanes, bool lanes_outer, int64_t out_stride, T* out) {
+  if (lanes_outer) {
+    pack_transposed(panel, panel_width, lanes, members, out_stride, out);
+    return;
+  }
+  for (int64_t m = 0; m < members; ++m) {
+    __builtin_memcpy(out + m * out_stride, panel + m * panel_width, sizeof(T) * lanes);
+  }
+}
+
+#define ADAGRAD_KERNELS_INSTANTIATE(T)                                                             \
+  void weight_grad_range(const WeightGrad<T>& a, int64_t first, int64_t last, int64_t first_panel, \
+                         int64_t last_panel) {                                                     \
+    range<T>(a, first, last, first_panel, last_panel);                                             \
+  }                                                                                                \
+  void unpack_panel(const T* panel, int64_t members, int64_t panel_width, int64_t lanes,           \
+                    bool lanes_outer, int64_t out_stride, T* out) {                                \
+    unpack<T>(panel, members, panel_width, lanes, lanes_outer, out_stride, out);                   \
+  }
+ADAGRAD_KERNELS_INSTANTIATE(float)
+ADAGRAD_KERNELS_INSTANTIATE(double)
+#undef ADAGRAD_KERNELS_INSTANTIATE
