@@ -6,11 +6,12 @@ Three lines of a training loop change: the optimizer, the loader, nothing else.
 
 from . import functional, ops
 from ._version import __version__
+from .attachment import UnsupportedLayerError
 from .batch_size import BatchSizeController
 from .config import show_config
 from .criteria import Decision, NormTest
 from .data import AdaptiveDataLoader
-from .observer import Observer, UnsupportedLayerError, observe
+from .observer import Observer, observe
 from .optim import AdAdaGrad, AdAdaGradNorm, AdaptiveBatch
 from .statistics import GradientStatistics
 

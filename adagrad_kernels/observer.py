@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .layers import OBSERVED, ObservedLayer, observed_class
+from .attachment import attach
+from .coverage import Coverage, CoverageRecord
+from .functional import Call
+from .layers import ObservedLayer
+from .shared import ObservedCall, cross_terms, repeated_uses
 from .statistics import GradientStatistics
-
-
-@dataclass(frozen=True)
-class CoverageRecord:
-    """How one parameter is measured.
-
-    Attributes:
-        name: the parameter's name in the model.
-        layer: class of the layer that owns it.
-        method: how its statistics are computed, empty if they are not.
-        reason: why not, empty if they are.
-    """
-
-    name: str
-    layer: str
-    method: str
-    reason: str = ""
-
-
-class Coverage(list[CoverageRecord]):
-    """A list of records that prints as a table."""
-
-    def __str__(self) -> str:
-        """One line a parameter."""
-        rows = [("parameter", "layer", "method")]
-        rows += [(r.name, r.layer, r.method or f"not measured: {r.reason}") for r in self]
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in rows)
-
-
-class UnsupportedLayerError(TypeError):
-    """A layer with trainable parameters whose per-sample gradients cannot be measured."""
 
 
 def observe(
@@ -56,21 +28,24 @@ def observe(
 
     The class of every supported layer instance with parameters is exchanged for its observed
     subclass: same parameters, same `state_dict`, still an instance of the original class.
-    `observer.detach()` undoes it. Supported now: `nn.Linear`, `nn.Conv2d` and subclasses that
-    keep their `forward`; layers without parameters need no support.
+    `observer.detach()` undoes it. Supported are the classes in `adagrad_kernels.layers.OBSERVED`
+    and their subclasses that keep `forward`; layers without parameters need no support.
+    Parameters that are tied, and layers that are called several times, are measured exactly.
 
     Args:
-        model: its trainable parameters must belong to supported layers, each used once in a
-            forward pass; dimension 0 of every layer's input counts the samples.
+        model: its trainable parameters must belong to supported layers; dimension 0 of every
+            layer's input counts the samples.
         coordinates: also measure each coordinate's variance (one buffer a parameter).
-        inner_products: not available yet.
-        fallback: "error", what to do about unsupported layers.
+        inner_products: also measure ⟨g_i, ḡ⟩, of the samples of the last micro-batch. Keeps that
+            micro-batch's layer inputs and output gradients until the statistics are read; costs
+            about one forward pass.
+        fallback: what to do about other modules with trainable parameters: "error", or "vmap",
+            which forms the per-sample gradients of that module alone, see `ObservedFallback`.
 
     Raises:
         UnsupportedLayerError: naming the module and the ways out.
-        ValueError: a parameter shared by two layers, a model that is observed already, a model
-            without trainable parameters.
-        NotImplementedError: inner_products=True or fallback="vmap".
+        ValueError: a model that is observed already, that has lazy layers or no trainable
+            parameters.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -83,10 +58,7 @@ def observe(
     """
     if fallback not in ("error", "vmap"):
         raise ValueError(f'fallback must be "error" or "vmap", got {fallback!r}')
-    if fallback == "vmap" or inner_products:
-        what = 'fallback="vmap"' if fallback == "vmap" else "inner_products=True"
-        raise NotImplementedError(f"observe: {what} is not available in this version")
-    return Observer(model, coordinates)
+    return Observer(model, coordinates, inner_products, fallback)
 
 
 class Observer:
@@ -97,65 +69,36 @@ class Observer:
     backward pass, so each pass is one micro-batch of its own.
     """
 
-    def __init__(self, model: nn.Module, coordinates: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        coordinates: bool = False,
+        inner_products: bool = False,
+        fallback: str = "error",
+    ) -> None:
         self.model = model
         self.coordinates = coordinates
-        self._layers = self._attach()
-        double = any(p.dtype == torch.float64 for p in model.parameters())
+        self.inner_products = inner_products
+        self._layers, self._names, self._tied = attach(model, self, fallback)
+        double = any(p.dtype == torch.float64 for p in self._names)
         self._dtype = torch.float64 if double else torch.float32
         self.probe = torch.empty(0)
-        self._make_probe(1024, next(model.parameters()).device)
+        self._make_probe(1024, next(iter(self._names)).device)
+        self._coordinate_probes: dict[nn.Parameter, Tensor] = {}
+        self._calling: Counter[int] = Counter()
+        self._calls: list[ObservedCall] = []
+        self._forget()
+        for layer in self._layers:
+            layer.coordinate_probes()
+
+    def _forget(self) -> None:
         self._micro_batches: list[tuple[Tensor, int | None]] = []
-        self._calls: list[tuple[ObservedLayer, int]] = []
+        self._last_calls: list[ObservedCall] = []
         self._faults: list[str] = []
         self._seen: set[str] = set()
+        self._last_seen: set[str] = set()
         self._eager_calls = 0
-        if coordinates:
-            self._make_coordinate_probes()
-
-    # Attachment
-
-    def _attach(self) -> list[ObservedLayer]:
-        layers: list[ObservedLayer] = []
-        owners: dict[nn.Parameter, str] = {}
-        plan: list[tuple[nn.Module, str, type[ObservedLayer]]] = []
-        for name, module in self.model.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            if isinstance(module, ObservedLayer):
-                raise ValueError(f"layer {name!r} is observed already; detach that observer first")
-            if any(nn.parameter.is_lazy(p) for p in own.values()):
-                raise ValueError(f"layer {name!r} is lazy; run one forward pass before observing")
-            for key, p in own.items():
-                if p in owners and p.requires_grad:
-                    raise ValueError(
-                        f"parameter {_join(name, key)!r} is the same tensor as {owners[p]!r}: "
-                        "tied weights are not supported yet; untie or freeze them"
-                    )
-                owners[p] = _join(name, key)
-            observed = observed_class(type(module)) if own else None
-            if observed is not None:
-                plan.append((module, name, observed))
-            elif trainable := [k for k, p in own.items() if p.requires_grad]:
-                raise UnsupportedLayerError(self._unsupported(name, module, trainable))
-        if not any(p.requires_grad for p in owners):
-            raise ValueError("the model has no trainable parameters: there is nothing to observe")
-        for module, name, observed in plan:
-            module.__dict__["plain_class"] = type(module)
-            module.__class__ = observed  # type: ignore[assignment]
-            layer = cast(ObservedLayer, module)
-            layer.attach(self, name)
-            layers.append(layer)
-        return layers
-
-    @staticmethod
-    def _unsupported(name: str, module: nn.Module, trainable: list[str]) -> str:
-        known = ", ".join(cls.__name__ for cls in OBSERVED)
-        return (
-            f"layer {name or '(the model itself)'!r} ({type(module).__name__}) has trainable "
-            f"parameters ({', '.join(trainable)}) whose per-sample gradients cannot be measured. "
-            f"Supported: {known} and subclasses that keep their forward. Freeze the parameters "
-            "with requires_grad_(False), or replace the layer."
-        )
+        self._cross_sums: dict[nn.Parameter, Tensor] = {}
 
     def detach(self) -> None:
         """Gives every layer its class back. The model is as it was."""
@@ -171,19 +114,23 @@ class Observer:
         records = Coverage()
         for layer in self._layers:
             kind = layer.plain_class.__name__
-            for key, p in cast(nn.Module, layer).named_parameters(recurse=False):
-                name = _join(layer.observed_name, key)
-                if p.requires_grad:
-                    records.append(CoverageRecord(name, kind, layer.observed_method))
-                else:
-                    records.append(CoverageRecord(name, kind, "", "frozen"))
+            trainable = layer.trainable().values()
+            for p in cast(nn.Module, layer).parameters():
+                method, reason = layer.observed_method, ""
+                if not any(p is q for q in trainable):
+                    if p in self._measured():
+                        continue  # belongs to an observed layer inside this one
+                    method, reason = "", "frozen"
+                records.append(CoverageRecord(self._names[p], kind, method, reason))
         return records
 
+    def _measured(self) -> set[nn.Parameter]:
+        return {p for layer in self._layers for p in layer.trainable().values()}
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of everything that is measured, in the model's order."""
-        for layer in self._layers:
-            for key, p in layer.trainable().items():
-                yield _join(layer.observed_name, key), p
+        """(name, parameter) of everything that is measured, each once, in the model's order."""
+        found = dict.fromkeys(p for layer in self._layers for p in layer.trainable().values())
+        return ((self._names[p], p) for p in found)
 
     # Measuring
 
@@ -197,23 +144,32 @@ class Observer:
         if samples > self.probe.shape[1]:
             self._make_probe(samples, self.probe.device)
 
-    def _make_coordinate_probes(self) -> None:
-        for layer in self._layers:
-            layer.make_coordinate_probes()
-
     def probe_for(self, x: Tensor) -> Tensor:
         """The probe, with room for x's samples and on its device."""
         probe = self.probe
         if x.shape[0] > probe.shape[1] or x.device != probe.device:
             self._make_probe(max(x.shape[0], probe.shape[1]), x.device)
-            if self.coordinates:
-                self._make_coordinate_probes()
-            return self.probe
+        return self.probe
+
+    def coordinate_probe(self, parameter: nn.Parameter) -> Tensor:
+        """A zero, expanded to the parameter's shape: its gradient is Σ_i c_i², itself no memory."""
+        probe = self._coordinate_probes.get(parameter)
+        if probe is None or probe.device != parameter.device:
+            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            zero = torch.zeros((), dtype=dtype, device=parameter.device)
+            probe = zero.expand(parameter.shape).requires_grad_()
+            self._coordinate_probes[parameter] = probe
         return probe
 
-    def called(self, layer: ObservedLayer, samples: int) -> None:
+    def calling(self, call: Call) -> None:
+        """Told by each eager layer call in the forward pass."""
+        if torch._C._current_graph_task_id() == -1:  # a checkpoint's second forward is no new call
+            self._calling[call.key] += 1
+
+    def called(self, layer: ObservedLayer, call: Call, saved: tuple[Tensor, ...]) -> None:
         """Told by each eager layer call's backward pass."""
-        self._calls.append((layer, samples))
+        needed = self.inner_products or layer in self._tied or self._calling[call.key] > 1
+        self._calls.append(ObservedCall(layer, call, saved[0].shape[0], saved if needed else ()))
 
     def _collect(self, probe: Tensor) -> None:
         """The hook: one backward pass is over, and the probe's gradient is complete."""
@@ -221,32 +177,34 @@ class Observer:
         rows: int | None = None
         calls = self._calls
         if calls:
-            rows = calls[0][1]
-            names = {layer.observed_name for layer, _ in calls}
-            if len(names) < len(calls) or any(samples != rows for _, samples in calls):
-                self._faults.append(self._describe_fault())
-            self._eager_calls = max(self._eager_calls, len(calls))
+            rows = calls[0].samples
+            names = {call.layer.observed_name for call in calls}
+            if self._micro_batches and not names & self._last_seen:
+                self._faults.append(_disjoint(self._last_seen, names))
+            if any(call.samples != rows for call in calls):
+                self._faults.append(_disagreement(calls))
+            elif len({call.call.key for call in calls}) < len(calls) or self._tied:
+                self._add_cross_terms(probe.grad, calls, rows)
+            self._eager_calls = max(self._eager_calls, sum(call.call.counts for call in calls))
             self._seen |= names
+            self._last_seen = names
+            self._last_calls = calls if self.inner_products else []
             self._calls = []
+            self._calling.clear()
         self._micro_batches.append((probe.grad, rows))
         probe.grad = None
 
-    def _describe_fault(self) -> str:
-        counts: dict[str, list[int]] = {}
-        for layer, samples in self._calls:
-            counts.setdefault(layer.observed_name, []).append(samples)
-        twice = [name for name, found in counts.items() if len(found) > 1]
-        if twice:
-            return (
-                f"layer {twice[0]!r} was used {len(counts[twice[0]])} times in one backward pass: "
-                "the cross terms of its per-sample gradients are not measured. Use one copy of "
-                "the layer for each call"
-            )
-        sizes = ", ".join(f"{name!r} {found[0]}" for name, found in counts.items())
-        return (
-            f"the layers disagree about the number of samples ({sizes}): dimension 0 of every "
-            "layer's input must count the samples, with nothing folded into it"
-        )
+    def _add_cross_terms(self, grad: Tensor, calls: list[ObservedCall], rows: int) -> None:
+        for parameter, uses in repeated_uses(calls).items():
+            if not all(use.by.saved for use in uses):
+                self._faults.append(_unexpected(uses[0].by.layer.observed_name))
+                return
+            with torch.no_grad():
+                norms, sums = cross_terms(parameter, uses, self.coordinates)
+                grad[0, :rows].add_(norms)
+            if sums is not None:  # the probe's own gradient may not have arrived yet
+                known = self._cross_sums.get(parameter)
+                self._cross_sums[parameter] = sums if known is None else known + sums
 
     @property
     def micro_batches(self) -> int:
@@ -263,16 +221,23 @@ class Observer:
                 self._micro_batches[k] = (probe, int(torch.count_nonzero(probe[1])))
         return [cast(int, n) for _, n in self._micro_batches]
 
+    def check(self) -> None:
+        """Raises what is known to be wrong with the measurements so far, without any transfer.
+
+        Raises:
+            RuntimeError: layers that disagree about the number of samples; backward passes that
+                do not belong to one model.
+        """
+        if self._faults:
+            raise RuntimeError(self._faults[0])
+
     def reset(self) -> None:
         """Forgets what was measured, for the next step. Gradients are not touched."""
-        self._micro_batches = []
         self._calls = []
-        self._faults = []
-        self._seen = set()
-        self._eager_calls = 0
-        for layer in self._layers:
-            for probe in layer._coordinate_probes.values():
-                probe.grad = None
+        self._calling.clear()
+        self._forget()
+        for probe in self._coordinate_probes.values():
+            probe.grad = None
 
     def statistics(
         self, grad_norm_sq: Tensor | None = None, gradient_scale: float = 1.0
@@ -288,18 +253,18 @@ class Observer:
                 micro-batches with mean losses.
 
         Raises:
-            RuntimeError: no backward pass; a layer used twice; layers that disagree about the
-                number of samples; a parameter with a gradient but without statistics.
+            RuntimeError: no backward pass; layers that disagree about the number of samples; a
+                parameter with a gradient but without statistics; in a compiled model, inner
+                products, tied weights and layers that are used twice.
         """
         if not self._micro_batches:
             raise RuntimeError(
                 "no statistics: no backward pass has reached an observed layer since the last "
                 "reset()"
             )
-        if self._faults:
-            raise RuntimeError(self._faults[0])
+        self.check()
         rows = self.rows()
-        grads = {name: p.grad for name, p in self.parameters() if p.grad is not None}
+        grads = {p: p.grad for _, p in self.parameters() if p.grad is not None}
         if grad_norm_sq is None:
             grad_norm_sq = _norm_sq(list(grads.values())) * gradient_scale**2
         probes = [probe for probe, _ in self._micro_batches]
@@ -308,59 +273,112 @@ class Observer:
         sum_sq, least, most, outside, mean_norm_sq = numbers.tolist()
         self._check_calls(grads, least, most, outside)
         n = sum(rows)
+        mean, variance = self._by_coordinate(grads, n, gradient_scale)
         return GradientStatistics(
             batch_size=n,
             sum_norms_sq=sum_sq * (n * gradient_scale) ** 2,
             mean_norm_sq=mean_norm_sq,
             contribution_norms_sq=norms,
             gradient_scale=gradient_scale,
-            coordinate_variance=self._variances(grads, n, gradient_scale),
+            coordinate_mean=mean,
+            coordinate_variance=variance,
+            inner_products=self._inner_products(grads, n, gradient_scale),
         )
 
     def _check_calls(
-        self, grads: dict[str, Tensor], least: float, most: float, outside: float
+        self, grads: dict[nn.Parameter, Tensor], least: float, most: float, outside: float
     ) -> None:
         """That every parameter with a gradient was measured, each layer once a sample."""
         with_grad = {
-            layer.observed_name: key
+            layer.observed_name: p
             for layer in self._layers
-            for key in layer.trainable()
-            if _join(layer.observed_name, key) in grads
+            for p in layer.trainable().values()
+            if p in grads
         }
-        missing = [name for name in with_grad if name not in self._seen]
+        tied = {layer.observed_name for layer in self._tied}
+        missing = [name for name in with_grad if name not in self._seen | tied]
         compiled_calls = most - self._eager_calls
         if len(missing) > compiled_calls:
-            names = ", ".join(repr(_join(name, with_grad[name])) for name in missing)
+            names = ", ".join(repr(self._names[with_grad[name]]) for name in missing)
             raise RuntimeError(
                 f"parameters got a gradient but no statistics: among {names}. They were used "
                 "outside their layer's forward, or their gradient is an old one: call the layer, "
                 "and zero_grad(set_to_none=True) after each step"
             )
-        if outside or (compiled_calls and (least != most or most > len(with_grad))):
+        if compiled_calls > 0 and (self._tied or self.inner_products):
+            what = "inner products" if self.inner_products else "tied weights"
+            raise RuntimeError(f"{what} cannot be measured in a compiled model: run it without")
+        if outside or (compiled_calls > 0 and (least != most or most > len(with_grad))):
             raise RuntimeError(
                 "the layers disagree about the number of samples, or a layer was used twice in "
-                "one backward pass; run one step without torch.compile to learn which"
+                "one backward pass of a compiled model; run one step without torch.compile to "
+                "learn which"
             )
 
-    def _variances(
-        self, grads: dict[str, Tensor], n: int, gradient_scale: float
-    ) -> dict[str, Tensor] | None:
+    def _by_coordinate(
+        self, grads: dict[nn.Parameter, Tensor], n: int, gradient_scale: float
+    ) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+        """(ḡ, variance) of every coordinate, by the parameter's name."""
         if not self.coordinates:
+            return None, None
+        means: dict[str, Tensor] = {}
+        variances: dict[str, Tensor] = {}
+        for p, grad in grads.items():
+            probe = self._coordinate_probes.get(p)
+            if probe is None or probe.grad is None:
+                continue
+            mean = grad.to(probe.dtype)
+            mean = mean if gradient_scale == 1 else mean * gradient_scale
+            sums = probe.grad
+            if p in self._cross_sums:
+                sums = sums + self._cross_sums[p]
+            total = sums * (n * gradient_scale) ** 2 - n * mean * mean
+            variance = total.clamp_(min=0).div_(n - 1) if n > 1 else total.fill_(float("nan"))
+            means[self._names[p]], variances[self._names[p]] = mean, variance
+        return means, variances
+
+    def _inner_products(
+        self, grads: dict[nn.Parameter, Tensor], n: int, gradient_scale: float
+    ) -> Tensor | None:
+        """⟨g_i, ḡ⟩ of the samples of the last micro-batch."""
+        if not self.inner_products:
             return None
-        found: dict[str, Tensor] = {}
-        for layer in self._layers:
-            for key, probe in layer._coordinate_probes.items():
-                name = _join(layer.observed_name, key)
-                if probe.grad is None or name not in grads:
-                    continue
-                mean = grads[name].to(probe.dtype) * gradient_scale
-                total = probe.grad * (n * gradient_scale) ** 2 - n * mean * mean
-                found[name] = total.clamp_(min=0) / (n - 1) if n > 1 else total * float("nan")
-        return found
+        total = torch.zeros((), dtype=self._dtype, device=self.probe.device)
+        with torch.no_grad():
+            for call in self._last_calls:
+                trainable = call.layer.trainable()
+                params = {k: grads[p].to(self._dtype) for k, p in trainable.items() if p in grads}
+                if params:
+                    total = total + call.layer.contract(call.call.key, call.saved, params)
+        return total * (n * gradient_scale**2)
 
 
-def _join(layer: str, parameter: str) -> str:
-    return f"{layer}.{parameter}" if layer else parameter
+def _disagreement(calls: list[ObservedCall]) -> str:
+    sizes = ", ".join(f"{call.layer.observed_name!r} {call.samples}" for call in calls)
+    return (
+        f"the layers disagree about the number of samples ({sizes}): dimension 0 of every "
+        "layer's input must count the samples, with nothing folded into it"
+    )
+
+
+def _disjoint(before: set[str], now: set[str]) -> str:
+    return (
+        f"one backward pass reached the layers {_some(before)}, the next {_some(now)}, none of "
+        "them the same: these are not micro-batches of one model. With torch.utils.checkpoint, "
+        "use use_reentrant=False"
+    )
+
+
+def _unexpected(name: str) -> str:
+    return (
+        f"layer {name!r} took part twice in one backward pass but was called once in the forward "
+        "pass: run backward() once for each forward pass"
+    )
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(map(repr, shown)) + (", …" if len(names) > len(shown) else "")
 
 
 def _norm_sq(tensors: list[Tensor]) -> Tensor:

@@ -28,11 +28,16 @@ for _schema in (
     "adagrad_norm_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) sum, Tensor[] coordinate_sums, "
     "float[] lr, float eps, float[] weight_decay, bool maximize, float grad_scale, int samples) "
     "-> (Tensor, Tensor)",
+    "grad_norm_sq(Tensor[] tensors) -> Tensor",
     "linear_weight_grad(Tensor grad_out, Tensor input, SymInt capacity, bool weight, bool bias, "
     "bool coordinates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "conv2d_weight_grad(Tensor grad_out, Tensor input, SymInt[] kernel_size, SymInt[] stride, "
+    "conv_weight_grad(Tensor grad_out, Tensor input, SymInt[] kernel_size, SymInt[] stride, "
     "SymInt[] padding, SymInt[] dilation, SymInt groups, SymInt capacity, bool weight, bool bias, "
     "bool coordinates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "embedding_weight_grad(Tensor grad_out, Tensor indices, SymInt num_embeddings, "
+    "SymInt padding_idx, SymInt capacity, bool coordinates) -> (Tensor, Tensor, Tensor)",
+    "scale_weight_grad(Tensor grad_out, Tensor input, Tensor? mean, Tensor? rstd, SymInt capacity, "
+    "bool weight, bool bias, bool coordinates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 ):
     _definitions.define(_schema)
 
@@ -41,8 +46,11 @@ NAMES = (
     "pool_samples",
     "adagrad_",
     "adagrad_norm_",
+    "grad_norm_sq",
     "linear_weight_grad",
-    "conv2d_weight_grad",
+    "conv_weight_grad",
+    "embedding_weight_grad",
+    "scale_weight_grad",
 )
 for _name in NAMES:
     _definitions.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
@@ -183,6 +191,24 @@ def adagrad_norm_(
     )
 
 
+def grad_norm_sq(tensors: Sequence[Tensor]) -> Tensor:
+    """The squared norm of many tensors as one vector, Σ ‖t‖², in float64 (0-dim).
+
+    Traffic: every tensor is read once; two kernels on a GPU, however many tensors there are.
+
+    Args:
+        tensors: at least one, of any floating point types and shapes, on one device.
+
+    Raises:
+        RuntimeError: no tensors.
+
+    Example:
+        >>> grad_norm_sq([torch.tensor([3.0, 4.0]), torch.tensor([[1.0]])]).item()
+        26.0
+    """
+    return _ops.grad_norm_sq.default(tensors)
+
+
 def linear_weight_grad(
     grad_out: Tensor,
     input: Tensor,
@@ -218,7 +244,7 @@ def linear_weight_grad(
     return _ops.linear_weight_grad.default(grad_out, input, capacity, weight, bias, coordinates)
 
 
-def conv2d_weight_grad(
+def conv_weight_grad(
     grad_out: Tensor,
     input: Tensor,
     kernel_size: Sequence[int],
@@ -231,16 +257,18 @@ def conv2d_weight_grad(
     bias: bool = True,
     coordinates: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A 2-d convolution's parameter gradients with their per-sample statistics, in one pass.
+    """A convolution's parameter gradients with their per-sample statistics, in one pass.
 
-    Like `linear_weight_grad` with T = H'·W' positions and I = C/groups·kh·kw inputs each; the
-    input is never unfolded.
+    Like `linear_weight_grad` with one position for each output pixel and I = C/groups times the
+    kernel's size; the input is never unfolded. For one, two or three spatial dimensions; D below
+    stands for all of them. A transposed convolution is the same with grad_out and input
+    exchanged.
 
     Args:
-        grad_out: gradient of the output, [b, O, H', W'].
-        input: the layer's input, [b, C, H, W]; any strides.
-        kernel_size: (kh, kw).
-        stride: (vertical, horizontal); padding and dilation likewise.
+        grad_out: gradient of the output, [b, O, *D'].
+        input: the layer's input, [b, C, *D]; any strides.
+        kernel_size: one number a spatial dimension; stride, padding and dilation likewise.
+        stride: distance of output pixels in the input.
         padding: zeros on both sides.
         dilation: distance of kernel elements.
         groups: as in `torch.nn.Conv2d`.
@@ -250,16 +278,88 @@ def conv2d_weight_grad(
         coordinates: whether the sums of squares are wanted.
 
     Returns:
-        grad_weight [O, C/groups, kh, kw], grad_bias [O], probe [2, capacity], weight_sums and
-        bias_sums as in `linear_weight_grad`.
+        grad_weight [O, C/groups, *kernel_size], grad_bias [O], probe [2, capacity], weight_sums
+        and bias_sums as in `linear_weight_grad`.
 
     Raises:
         RuntimeError: shapes that do not fit, or b > capacity.
     """
-    return _ops.conv2d_weight_grad.default(
+    return _ops.conv_weight_grad.default(
         grad_out, input, kernel_size, stride, padding, dilation, groups,
         capacity, weight, bias, coordinates,
     )  # fmt: skip
+
+
+def embedding_weight_grad(
+    grad_out: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    capacity: int,
+    coordinates: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An embedding's weight gradient with its per-sample statistics, in one pass.
+
+        c_i[v] = Σ over positions t with indices[i, t] = v of grad_out[i, t]
+
+    Positions of one sample that hold the same token add before they are squared.
+
+    Args:
+        grad_out: gradient of the output, [b, …, D].
+        indices: tokens, int64 or int32, [b, …].
+        num_embeddings: V, rows of the weight.
+        padding_idx: the token without gradient, or -1.
+        capacity: columns of the probe, at least b.
+        coordinates: whether the sums of squares are wanted.
+
+    Returns:
+        grad_weight [V, D], probe [2, capacity] and weight_sums [V, D] ([0] if not wanted).
+
+    Raises:
+        RuntimeError: shapes that do not fit, tokens outside [0, V), or b > capacity.
+    """
+    return _ops.embedding_weight_grad.default(
+        grad_out, indices, num_embeddings, padding_idx, capacity, coordinates
+    )
+
+
+def scale_weight_grad(
+    grad_out: Tensor,
+    input: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    capacity: int,
+    weight: bool = True,
+    bias: bool = True,
+    coordinates: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of a scale and a shift by channel, as normalisation layers have, with statistics.
+
+        y[i, t, c, s] = w[c] x̂[i, t, c, s] + bias[c],   x̂ = (input − mean) · rstd
+        c_i[c] = Σ_ts grad_out[i, t, c, s] x̂[i, t, c, s]   and for the bias   Σ_ts grad_out[…]
+
+    LayerNorm has the channels last (S = 1), GroupNorm and BatchNorm first (T = 1).
+
+    Args:
+        grad_out: gradient of the output, [b, T, C, S].
+        input: the layer's input before normalisation, [b, T, C, S].
+        mean: broadcastable to [b, T, C, S]; None for 0.
+        rstd: likewise, the reciprocal standard deviation; None for 1.
+        capacity: columns of the probe, at least b.
+        weight: whether the gradient of w is wanted.
+        bias: whether the gradient of the bias is wanted.
+        coordinates: whether the sums of squares are wanted.
+
+    Returns:
+        grad_weight [C], grad_bias [C], probe [2, capacity], weight_sums [C] and bias_sums [C];
+        what was not wanted has shape [0].
+
+    Raises:
+        RuntimeError: shapes that do not fit, or b > capacity.
+    """
+    return _ops.scale_weight_grad.default(
+        grad_out, input, mean, rstd, capacity, weight, bias, coordinates
+    )
 
 
 # Shape functions, for torch.compile and meta tensors.
@@ -286,6 +386,11 @@ def _fake_update(params, grads, sums, coordinate_sums, *options) -> tuple[Tensor
 
 torch.library.register_fake(f"{_library.NAMESPACE}::adagrad_", _fake_update)
 torch.library.register_fake(f"{_library.NAMESPACE}::adagrad_norm_", _fake_update)
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::grad_norm_sq")
+def _(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty((), dtype=torch.float64)
 
 
 def _fake_layer_grads(
@@ -316,7 +421,7 @@ def _(
     return _fake_layer_grads(grad_out, shape, capacity, weight, bias, coordinates)
 
 
-@torch.library.register_fake(f"{_library.NAMESPACE}::conv2d_weight_grad")
+@torch.library.register_fake(f"{_library.NAMESPACE}::conv_weight_grad")
 def _(
     grad_out: Tensor,
     input: Tensor,
@@ -331,4 +436,33 @@ def _(
     coordinates: bool,
 ) -> tuple[Tensor, ...]:
     shape = (grad_out.shape[1], input.shape[1] // groups, *kernel_size)
+    return _fake_layer_grads(grad_out, shape, capacity, weight, bias, coordinates)
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::embedding_weight_grad")
+def _(
+    grad_out: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    capacity: int,
+    coordinates: bool,
+) -> tuple[Tensor, ...]:
+    shape = (num_embeddings, grad_out.shape[-1])
+    grad, _, probe, sums, _ = _fake_layer_grads(grad_out, shape, capacity, True, False, coordinates)
+    return grad, probe, sums
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::scale_weight_grad")
+def _(
+    grad_out: Tensor,
+    input: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    capacity: int,
+    weight: bool,
+    bias: bool,
+    coordinates: bool,
+) -> tuple[Tensor, ...]:
+    shape = (grad_out.shape[2],)
     return _fake_layer_grads(grad_out, shape, capacity, weight, bias, coordinates)

@@ -6,6 +6,8 @@ errors are documented.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,14 @@ def sample_statistics(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pool_samples(probes: list[Tensor], rows: list[int]) -> tuple[Tensor, Tensor]:
+    if not probes or len(probes) != len(rows):
+        raise RuntimeError("pool_samples: expected one row count for each probe")
+    for probe, n in zip(probes, rows, strict=True):
+        if probe.dim() != 2 or probe.shape[0] != 2 or probe.dtype != probes[0].dtype:
+            raise RuntimeError("pool_samples: expected probes [2, capacity] of one dtype")
+        if not 0 <= n <= probe.shape[1]:
+            capacity = probe.shape[1]
+            raise RuntimeError(f"pool_samples: {n} rows in a probe of capacity {capacity}")
     norms = torch.cat([probe[0, :n] for probe, n in zip(probes, rows, strict=True)])
     calls = torch.cat([probe[1, :n] for probe, n in zip(probes, rows, strict=True)])
     outside = torch.cat([F.pad(p[1, n:], (0, 1)) for p, n in zip(probes, rows, strict=True)])
@@ -114,6 +124,12 @@ def adagrad_norm_(
     return norm, _pool_reductions(parts, norm)
 
 
+def grad_norm_sq(tensors: list[Tensor]) -> Tensor:
+    if not tensors:
+        raise RuntimeError("grad_norm_sq: no tensors")
+    return torch.stack([t.double().square().sum() for t in tensors]).sum()
+
+
 def _probe(norms: Tensor, capacity: int) -> Tensor:
     if norms.shape[0] > capacity:
         raise RuntimeError(f"{norms.shape[0]} samples do not fit a probe of capacity {capacity}")
@@ -163,7 +179,28 @@ def linear_weight_grad(
     return grad, grad_bias, _probe(norms, capacity), grad_sq, bias_sq
 
 
-def conv2d_weight_grad(
+def _unfold(
+    a: Tensor,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    out: list[int],
+) -> Tensor:
+    """The patches [b, C, *size, *out] of a [b, C, *D]: for any number of spatial dimensions."""
+    a = F.pad(a, [amount for p in reversed(padding) for amount in (p, p)])
+    index: list[Tensor | slice] = [slice(None), slice(None)]
+    dims = len(size)
+    for d in range(dims):
+        kernel = torch.arange(size[d], device=a.device) * dilation[d]
+        output = torch.arange(out[d], device=a.device) * stride[d]
+        shape = [1] * (2 * dims)
+        shape[d], shape[dims + d] = size[d], out[d]
+        index.append((kernel[:, None] + output[None, :]).reshape(shape))
+    return a[tuple(index)]
+
+
+def conv_weight_grad(
     grad_out: Tensor,
     input: Tensor,
     kernel_size: list[int],
@@ -179,12 +216,63 @@ def conv2d_weight_grad(
     dtype = compute_dtype(grad_out.dtype)
     b, out_channels = grad_out.shape[:2]
     channels = input.shape[1] // groups
-    g = grad_out.to(dtype).reshape(b, groups, out_channels // groups, -1)
-    options = (tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
-    a = F.unfold(input.to(dtype), *options)
-    a = a.reshape(b, groups, a.shape[1] // groups, -1)[..., : g.shape[3]]
+    g = grad_out.to(dtype).reshape(b, groups, out_channels // groups, grad_out.shape[2:].numel())
+    out = list(grad_out.shape[2:])
+    a = _unfold(input.to(dtype), kernel_size, stride, padding, dilation, out)
+    a = a.reshape(b, groups, channels * math.prod(kernel_size), g.shape[3])
     grad, grad_bias, norms, grad_sq, bias_sq = _per_sample(g, a, weight, bias, coordinates)
     shape = (out_channels, channels, *kernel_size)
     grad = grad.reshape(shape) if weight else grad
     grad_sq = grad_sq.reshape(shape) if weight and coordinates else grad_sq
+    return grad, grad_bias, _probe(norms, capacity), grad_sq, bias_sq
+
+
+def embedding_weight_grad(
+    grad_out: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    capacity: int,
+    coordinates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(grad_out.dtype)
+    b, width = indices.shape[0], grad_out.shape[-1]
+    tokens = indices.reshape(b, -1).long()
+    g = grad_out.to(dtype).reshape(*tokens.shape, width)
+    g = g.masked_fill((tokens == padding_idx).unsqueeze(-1), 0)
+    # One row for each (sample, token) that occurs: what a sample adds to that token's row.
+    samples = torch.arange(b, device=tokens.device).unsqueeze(1)
+    pairs, place = (samples * num_embeddings + tokens).unique(return_inverse=True)
+    rows = g.new_zeros(pairs.shape[0], width).index_add_(0, place.flatten(), g.flatten(0, 1))
+    square, of_token = rows * rows, pairs % num_embeddings
+    grad = g.new_zeros(num_embeddings, width).index_add_(0, of_token, rows)
+    norms = g.new_zeros(b).index_add_(0, pairs // num_embeddings, square.sum(1))
+    sums = torch.zeros_like(grad).index_add_(0, of_token, square) if coordinates else norms[:0]
+    return grad, _probe(norms, capacity), sums
+
+
+def scale_weight_grad(
+    grad_out: Tensor,
+    input: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    capacity: int,
+    weight: bool,
+    bias: bool,
+    coordinates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    g = grad_out.to(compute_dtype(grad_out.dtype))
+    x = input.to(g.dtype)
+    x = x if mean is None else x - mean
+    x = x if rstd is None else x * rstd
+    norms, empty = g.new_zeros(g.shape[0]), g.new_empty(0)
+    grad = grad_sq = grad_bias = bias_sq = empty
+    if weight:
+        sample = (g * x).sum((1, 3))
+        grad, norms = sample.sum(0), norms + sample.square().sum(1)
+        grad_sq = sample.square().sum(0) if coordinates else empty
+    if bias:
+        sample = g.sum((1, 3))
+        grad_bias, norms = sample.sum(0), norms + sample.square().sum(1)
+        bias_sq = sample.square().sum(0) if coordinates else empty
     return grad, grad_bias, _probe(norms, capacity), grad_sq, bias_sq

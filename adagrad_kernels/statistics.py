@@ -31,8 +31,14 @@ class GradientStatistics:
         contribution_norms_sq: ‖c_i‖² in the order of the samples, [N].
         gradient_scale: factor that the optimizer applies to the accumulated gradient (1/M after
             M micro-batches with mean losses); the other figures include it.
-        coordinate_variance: var_j for each parameter by name, or None if not asked for.
-        inner_products: ⟨g_i, ḡ⟩, or None if not asked for.
+        coordinate_mean: ḡ_j for each parameter by name, or None if not asked for.
+        coordinate_variance: var_j likewise.
+        inner_products: ⟨g_i, ḡ⟩ of the samples of the last micro-batch, [m], or None if not asked
+            for.
+        accumulators: AdaGrad's v_j by parameter name, this step's gradient included, where the
+            criterion asked an optimizer of this package for them.
+        loss: mean loss of the samples, where an optimizer was told.
+        lr: learning rate of the step (of the first parameter group), where an optimizer took it.
     """
 
     batch_size: int
@@ -40,8 +46,12 @@ class GradientStatistics:
     mean_norm_sq: float
     contribution_norms_sq: Tensor | None = None
     gradient_scale: float = 1.0
+    coordinate_mean: dict[str, Tensor] | None = None
     coordinate_variance: dict[str, Tensor] | None = None
     inner_products: Tensor | None = None
+    accumulators: dict[str, Tensor] | None = None
+    loss: float | None = None
+    lr: float | None = None
 
     @property
     def variance(self) -> float:

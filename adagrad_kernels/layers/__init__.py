@@ -6,23 +6,68 @@ from functools import cache
 
 from torch import nn
 
+from .attention import ObservedMultiheadAttention
 from .base import ObservedLayer
-from .conv import ObservedConv2d
-from .linear import ObservedLinear
+from .conv import (
+    ObservedConv1d,
+    ObservedConv2d,
+    ObservedConv3d,
+    ObservedConvTranspose1d,
+    ObservedConvTranspose2d,
+    ObservedConvTranspose3d,
+)
+from .embedding import ObservedEmbedding
+from .fallback import ObservedFallback, fallback_class
+from .linear import ObservedConv1D, ObservedLinear
+from .normalisation import (
+    ObservedBatchNorm1d,
+    ObservedBatchNorm2d,
+    ObservedBatchNorm3d,
+    ObservedGroupNorm,
+    ObservedInstanceNorm1d,
+    ObservedInstanceNorm2d,
+    ObservedInstanceNorm3d,
+    ObservedLayerNorm,
+    ObservedPReLU,
+    ObservedRMSNorm,
+)
 
 OBSERVED: dict[type[nn.Module], type[ObservedLayer]] = {
     nn.Linear: ObservedLinear,
+    nn.Conv1d: ObservedConv1d,
     nn.Conv2d: ObservedConv2d,
+    nn.Conv3d: ObservedConv3d,
+    nn.ConvTranspose1d: ObservedConvTranspose1d,
+    nn.ConvTranspose2d: ObservedConvTranspose2d,
+    nn.ConvTranspose3d: ObservedConvTranspose3d,
+    nn.Embedding: ObservedEmbedding,
+    nn.LayerNorm: ObservedLayerNorm,
+    nn.RMSNorm: ObservedRMSNorm,
+    nn.GroupNorm: ObservedGroupNorm,
+    nn.BatchNorm1d: ObservedBatchNorm1d,
+    nn.BatchNorm2d: ObservedBatchNorm2d,
+    nn.BatchNorm3d: ObservedBatchNorm3d,
+    nn.InstanceNorm1d: ObservedInstanceNorm1d,
+    nn.InstanceNorm2d: ObservedInstanceNorm2d,
+    nn.InstanceNorm3d: ObservedInstanceNorm3d,
+    nn.PReLU: ObservedPReLU,
+    nn.MultiheadAttention: ObservedMultiheadAttention,
 }
 """Plain class to observed class. A subclass that keeps the plain `forward` is supported too."""
 
+FOREIGN = {"transformers.pytorch_utils.Conv1D": ObservedConv1D}
+"""Classes of packages that need not be installed, by their qualified name."""
+
 # What forward() itself relies on: a subclass that overrides one of these computes something else.
-_METHODS = ("forward", "_conv_forward")
+_METHODS = ("forward", "_conv_forward", "_output_padding", "_check_input_dim")
 
 
 @cache
 def observed_class(plain: type[nn.Module]) -> type[ObservedLayer] | None:
     """The observed class for instances of `plain`, or None if it is not supported."""
+    foreign = FOREIGN.get(f"{plain.__module__}.{plain.__qualname__}")
+    if foreign is not None:
+        return type(foreign.__name__, (foreign, plain), {})
     for known, observed in OBSERVED.items():
         if plain is known:
             return observed
@@ -33,4 +78,10 @@ def observed_class(plain: type[nn.Module]) -> type[ObservedLayer] | None:
     return None
 
 
-__all__ = ["OBSERVED", "ObservedConv2d", "ObservedLayer", "ObservedLinear", "observed_class"]
+__all__ = [
+    "OBSERVED",
+    "ObservedFallback",
+    "ObservedLayer",
+    "fallback_class",
+    "observed_class",
+]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from .. import functional
 if TYPE_CHECKING:
     from ..observer import Observer
 
-_keys = itertools.count(1)
-
 
 class ObservedLayer:
     """Mixed into the class of a layer instance while it is observed.
+
+    A subclass implements `forward` with the functions of `adagrad_kernels.functional`, and
+    `respond`: its output as a function of its parameters alone, which is linear in them.
 
     Attributes:
         observed_name: the module's path in the model.
@@ -30,23 +31,26 @@ class ObservedLayer:
     observed_name: str
     plain_class: type[nn.Module]
 
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str:
+        """Why this instance cannot be observed although its class can; empty if it can."""
+        return ""
+
     def attach(self, observer: Observer, name: str) -> None:
         """Called by the observer after the class was exchanged."""
         self._observer = observer
-        self._key = next(_keys)
-        self.observed_name = name
+        self._call = functional.Call(functional.listen(self))
         self._coordinate_probes: dict[str, Tensor] = {}
-        functional.listeners[self._key] = self
+        self.observed_name = name
 
     def release(self) -> None:
         """Removes every trace of the observer; the class is exchanged back by the caller."""
-        functional.listeners.pop(self._key, None)
         for name in _OWN_ATTRIBUTES:
             self.__dict__.pop(name, None)
 
-    def called(self, key: int, samples: int) -> None:
+    def called(self, call: functional.Call, saved: tuple[Tensor, ...]) -> None:
         """Told by the backward pass of each call (eager mode)."""
-        self._observer.called(self, samples)
+        self._observer.called(self, call, saved)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters that require grad, by their name in the layer."""
@@ -63,27 +67,57 @@ class ObservedLayer:
                 return True
         return False
 
-    def probes(self, x: Tensor) -> tuple[Any, ...]:
-        """(probe, weight_probe, bias_probe, key) for a call with input x."""
-        if torch.compiler.is_compiling():
-            probe, key = self._observer.probe, 0  # the key would be a constant in every graph
-        else:
-            probe, key = self._observer.probe_for(x), self._key
-        if not self._observer.coordinates:
-            return probe, None, None, key
-        if key:
-            self.make_coordinate_probes()  # parameters may have been unfrozen since
-        of = self._coordinate_probes
-        return probe, of.get("weight"), of.get("bias"), key
+    def probe_and_call(self, x: Tensor, call: functional.Call) -> tuple[Tensor, functional.Call]:
+        """The probe for a call with input x; in a compiled graph nobody is told of the call."""
+        if torch.compiler.is_compiling():  # the key would be a constant in every graph
+            return self._observer.probe, call._replace(key=0)
+        self._observer.calling(call)
+        return self._observer.probe_for(x), call
 
-    def make_coordinate_probes(self) -> None:
-        """One zero a trainable parameter, expanded to its shape: the probe takes no memory."""
-        for name, parameter in self.trainable().items():
-            probe = self._coordinate_probes.get(name)
-            if probe is None or probe.device != parameter.device:
-                dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-                zero = torch.zeros((), dtype=dtype, device=parameter.device)
-                self._coordinate_probes[name] = zero.expand(parameter.shape).requires_grad_()
+    def coordinate_probes(self) -> dict[str, Tensor]:
+        """For each trainable parameter the tensor whose gradient is Σ_i c_i²."""
+        if self._observer.coordinates and not torch.compiler.is_compiling():
+            # Parameters may have been unfrozen since the last call.
+            of = self._observer.coordinate_probe
+            self._coordinate_probes = {name: of(p) for name, p in self.trainable().items()}
+        return self._coordinate_probes
+
+    def probes(self, x: Tensor) -> tuple[Any, ...]:
+        """(probe, weight_probe, bias_probe, call) for a call with input x."""
+        probe, call = self.probe_and_call(x, self._call)
+        of = self.coordinate_probes()
+        return probe, of.get("weight"), of.get("bias"), call
+
+    # What is computed after the backward pass, from the operands of a call (eager mode): inner
+    # products, and the cross terms of parameters that are used more than once.
+
+    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+        """The output of the call with this key, with `params` in place of the parameters.
+
+        Linear in params (a parameter that is missing there counts as zero), so that
+        ⟨c_i, v⟩ = ⟨grad_out_i, respond(v)_i⟩.
+        """
+        raise NotImplementedError
+
+    def contract(self, key: int, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> Tensor:
+        """⟨c_i, params⟩ for each sample of a call, [b]."""
+        *operands, grad_out = saved
+        dtype = next(iter(params.values())).dtype
+        cast_to = (t.to(dtype) if t.is_floating_point() else t for t in operands)
+        response = self.respond(key, tuple(cast_to), params)
+        return (response * grad_out.to(dtype)).flatten(1).sum(1)
+
+    def sample_grads(
+        self, key: int, saved: tuple[Tensor, ...], names: list[str]
+    ) -> dict[str, Tensor]:
+        """c_i itself for each sample of a call and each named parameter, [b, *shape]."""
+        layer = cast(nn.Module, self)
+        params = {name: torch.zeros_like(getattr(layer, name)) for name in names}
+
+        def product(p: dict[str, Tensor], one: tuple[Tensor, ...]) -> Tensor:
+            return self.contract(key, tuple(t.unsqueeze(0) for t in one), p).sum()
+
+        return torch.func.vmap(torch.func.grad(product), in_dims=(None, 0))(params, saved)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are plain layers: an observer belongs to one model."""
@@ -93,4 +127,13 @@ class ObservedLayer:
         return plain.__reduce_ex__(protocol)
 
 
-_OWN_ATTRIBUTES = ("_observer", "_key", "observed_name", "plain_class", "_coordinate_probes")
+_OWN_ATTRIBUTES = (
+    "_observer",
+    "_call",
+    "_calls",
+    "_coordinate_probes",
+    "_last",
+    "_single",
+    "observed_name",
+    "plain_class",
+)

@@ -1,42 +1,115 @@
-"""`torch.nn.Conv2d`, observed: every stride, padding (also "same"), dilation, groups."""
+"""Convolutions and transposed convolutions of one to three dimensions, observed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .. import functional
 from .base import ObservedLayer
 
+_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
-class ObservedConv2d(ObservedLayer, nn.Conv2d):
-    """A convolution that measures; inputs [b, C, H, W]."""
 
+def _over_channels(bias: Tensor, like: Tensor) -> Tensor:
+    return bias.reshape(1, -1, *(1,) * (like.dim() - 2)).expand_as(like)
+
+
+class _ObservedConv(ObservedLayer, _ConvNd):
     observed_method = "direct"
 
     def forward(self, input: Tensor) -> Tensor:
-        """The cross-correlation of `torch.nn.Conv2d`."""
+        """The cross-correlation of `torch.nn.Conv1d`, `Conv2d`, `Conv3d`."""
         if not self.measures():
-            return super().forward(input)
-        probes = self.probes(input)
-        top, left, padding = self._paddings()
-        if self.padding_mode != "zeros" or top or left:
+            return self.plain_class.forward(self, input)
+        explicit, padding = self._paddings()
+        if explicit is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            vertical, horizontal = (padding[0] + top, padding[0]), (padding[1] + left, padding[1])
-            if self.padding == "same":  # torch puts the odd one at the end
-                vertical, horizontal = vertical[::-1], horizontal[::-1]
-            input, padding = F.pad(input, (*horizontal, *vertical), mode=mode), (0, 0)
-        return functional.conv2d(
-            input, self.weight, self.bias, *probes,
-            self.stride, padding, self.dilation, self.groups,  # type: ignore[arg-type]
+            input = F.pad(input, explicit, mode=mode)
+        probe, weight_probe, bias_probe, call = self.probes(input)
+        return functional.conv(
+            input, self.weight, self.bias, probe, weight_probe, bias_probe, call,
+            self.stride, padding, self.dilation, self.groups,
         )  # fmt: skip
 
-    def _paddings(self) -> tuple[int, int, tuple[int, int]]:
-        """(extra vertical, extra horizontal, both-sided padding) of "same", "valid" or numbers."""
-        if self.padding == "valid":
-            return 0, 0, (0, 0)
-        if self.padding == "same":
-            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            return totals[0] % 2, totals[1] % 2, (totals[0] // 2, totals[1] // 2)
-        vertical, horizontal = self.padding
-        return 0, 0, (int(vertical), int(horizontal))
+    def _paddings(self) -> tuple[list[int] | None, tuple[int, ...]]:
+        """What `F.pad` has to do first, and the zeros on both sides that are left to do."""
+        none = (0,) * len(self.stride)
+        both = list(self._reversed_padding_repeated_twice)  # (before, after), last dimension first
+        if self.padding_mode != "zeros" or both[::2] != both[1::2]:
+            return (both, none) if any(both) else (None, none)
+        return None, tuple(both[::2][::-1])
+
+    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+        """See `ObservedLayer`."""
+        (x,) = operands  # the padded input: only zeros are left to pad
+        padding = self._paddings()[1]
+        weight, bias = params.get("weight"), params.get("bias")
+        of = _CONV[x.dim()]
+        if weight is None:
+            y = of(x, self.weight.detach().to(x.dtype), None, self.stride, padding, self.dilation,
+                   self.groups)  # fmt: skip
+            return _over_channels(bias, y)  # type: ignore[arg-type]
+        return of(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class ObservedConv1d(_ObservedConv, nn.Conv1d):
+    """A 1-d convolution that measures; inputs [b, C, L]."""
+
+
+class ObservedConv2d(_ObservedConv, nn.Conv2d):
+    """A 2-d convolution that measures; inputs [b, C, H, W]."""
+
+
+class ObservedConv3d(_ObservedConv, nn.Conv3d):
+    """A 3-d convolution that measures; inputs [b, C, D, H, W]."""
+
+
+class _ObservedConvTranspose(ObservedLayer, _ConvTransposeNd):
+    observed_method = "direct, operands exchanged"
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The transposed convolution of `torch.nn.ConvTranspose1d`, `2d`, `3d`."""
+        if not self.measures():
+            return self.plain_class.forward(self, input, output_size)
+        this = cast(Any, self)  # torch declares lists, and takes tuples
+        output_padding = this._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size,
+            len(self.stride), self.dilation,
+        )  # fmt: skip
+        probe, weight_probe, bias_probe, call = self.probes(input)
+        return functional.conv_transpose(
+            input, self.weight, self.bias, probe, weight_probe, bias_probe, call,
+            self.stride, this.padding, tuple(output_padding), self.dilation, self.groups,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    def contract(self, key: int, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> Tensor:
+        """See `ObservedLayer`; the weight's part as a convolution of grad_out."""
+        x, grad_out = (t.to(next(iter(params.values())).dtype) for t in saved)
+        total = x.new_zeros(x.shape[0])
+        if "weight" in params:
+            back = _CONV[x.dim()](
+                grad_out, params["weight"], None, self.stride, self.padding, self.dilation,
+                self.groups,
+            )  # type: ignore[arg-type]  # fmt: skip
+            total = total + (x * back).flatten(1).sum(1)
+        if "bias" in params:
+            total = total + grad_out.flatten(2).sum(2) @ params["bias"]
+        return total
+
+
+class ObservedConvTranspose1d(_ObservedConvTranspose, nn.ConvTranspose1d):
+    """A transposed 1-d convolution that measures; inputs [b, C, L]."""
+
+
+class ObservedConvTranspose2d(_ObservedConvTranspose, nn.ConvTranspose2d):
+    """A transposed 2-d convolution that measures; inputs [b, C, H, W]."""
+
+
+class ObservedConvTranspose3d(_ObservedConvTranspose, nn.ConvTranspose3d):
+    """A transposed 3-d convolution that measures; inputs [b, C, D, H, W]."""

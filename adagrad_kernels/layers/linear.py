@@ -1,7 +1,11 @@
-"""`torch.nn.Linear`, observed: inputs [b, …, I]."""
+"""`torch.nn.Linear` and the transposed `Conv1D` of transformers, observed: inputs [b, …, I]."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
@@ -18,3 +22,40 @@ class ObservedLinear(ObservedLayer, nn.Linear):
         if not self.measures():
             return super().forward(input)
         return functional.linear(input, self.weight, self.bias, *self.probes(input))
+
+    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+        """See `ObservedLayer`."""
+        (x,) = operands
+        return linear_response(x, params.get("weight"), params.get("bias"))
+
+
+def linear_response(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias where either may be missing."""
+    if weight is None:
+        assert bias is not None
+        return bias.expand(*x.shape[:-1], bias.shape[0])
+    return F.linear(x, weight, bias)
+
+
+class ObservedConv1D(ObservedLayer, nn.Module):
+    """The `Conv1D` of GPT-2 in transformers: a linear layer whose weight is [I, O]."""
+
+    observed_method = ObservedLinear.observed_method
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x W + bias."""
+        if not self.measures():
+            return self.plain_class.forward(self, x)
+        probe, weight_probe, bias_probe, call = self.probes(x)
+        weight_probe = None if weight_probe is None else weight_probe.t()
+        return functional.linear(
+            x, self.weight.t(), self.bias, probe, weight_probe, bias_probe, call
+        )
+
+    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+        """See `ObservedLayer`."""
+        (x,) = operands
+        weight = params.get("weight")
+        return linear_response(x, None if weight is None else weight.t(), params.get("bias"))

@@ -4,24 +4,20 @@
 // reductions read it from there. Traffic: param, grad, sum read, param and sum written, 20 bytes
 // an element (24 with coordinate sums), the same as an update without reductions.
 
+#include "../common/adagrad_math.inl"
 #include "vector.inl"
 
 constexpr int64_t kBlock = 1024;
 
-ADAGRAD_KERNELS_INLINE float root_of(float x) { return __builtin_sqrtf(x); }
-ADAGRAD_KERNELS_INLINE double root_of(double x) { return __builtin_sqrt(x); }
-
-// Adds a block's sums over g = grad_scale * grad. With coordinate sums C_j = sum over samples of
-// contributions squared: var_j = (N^2 C_j - N g_j^2) / (N - 1), each C_j scaled as g is.
+// Adds a block's sums over g = grad_scale * grad.
 template <class T>
 ADAGRAD_KERNELS_INLINE void reduce_block(const T* grad, const T* coordinate_sums,
                                          const T* denominators, int64_t n, const AdagradOptions& o,
                                          AdagradReductions* out) {
   const T scale = static_cast<T>(o.grad_scale);
-  const T a = static_cast<T>(o.grad_scale * o.grad_scale * o.samples * o.samples / (o.samples - 1));
-  const T b = static_cast<T>(o.samples / (o.samples - 1));
-  Vector<T> norm = {}, variance = {}, ratio = {}, variance_metric = {}, grad_metric = {};
-  const Vector<T> zero = {};
+  const VarianceFactors<T> factors = variance_factors<T>(o.grad_scale, o.samples);
+  Vector<T> norm = {};
+  CoordinateReductions<Vector<T>> r = {};
   T tail_g[kLanes<T>] = {}, tail_c[kLanes<T>] = {}, tail_d[kLanes<T>];
   for (int64_t j = 0; j < n; j += kLanes<T>) {
     const T* pg = grad + j;
@@ -40,21 +36,15 @@ ADAGRAD_KERNELS_INLINE void reduce_block(const T* grad, const T* coordinate_sums
     const Vector<T> g = scale * load(pg), gg = g * g;
     norm += gg;
     if (!coordinate_sums) continue;
-    Vector<T> v = a * load(pc) - b * gg;
-    v = v > zero ? v : zero;
-    const Vector<T> d = load(pd), r = v > zero ? v / gg : zero;
-    variance += v;
-    ratio = r > ratio ? r : ratio;
-    variance_metric += v / d;
-    grad_metric += gg / d;
+    add_coordinate(gg, load(pc), load(pd), factors, r);
   }
   out->grad_norm_sq += sum_of_lanes<T>(norm);
   if (!coordinate_sums) return;
-  out->variance_sum += sum_of_lanes<T>(variance);
-  out->variance_metric += sum_of_lanes<T>(variance_metric);
-  out->grad_metric += sum_of_lanes<T>(grad_metric);
+  out->variance_sum += sum_of_lanes<T>(r.variance);
+  out->variance_metric += sum_of_lanes<T>(r.variance_metric);
+  out->grad_metric += sum_of_lanes<T>(r.grad_metric);
   for (int i = 0; i < kLanes<T>; ++i) {
-    if (ratio[i] > out->max_ratio) out->max_ratio = ratio[i];
+    if (r.ratio[i] > out->max_ratio) out->max_ratio = r.ratio[i];
   }
 }
 
@@ -75,11 +65,7 @@ ADAGRAD_KERNELS_INLINE AdagradReductions update(T* __restrict__ param, const T* 
     const T* d = grad + first;
     for (int64_t j = 0; j < size; ++j) {
       const T g = scale * d[j] + decay * p[j];
-      const T total = v[j] + g * g;
-      const T root = root_of(total) + eps;
-      v[j] = total;
-      denominators[j] = root;
-      p[j] -= lr * g / root;
+      denominators[j] = adagrad_element(p[j], v[j], g, lr, eps);
     }
     reduce_block<T>(d, coordinate_sums ? coordinate_sums + first : nullptr, denominators, size, o,
                     &out);

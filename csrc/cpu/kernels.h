@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../common/adagrad.h"
+
 namespace adagrad_kernels {
 
 // sample_statistics.inl: columns [first, last) of g [rows, stride]; sum and sum_sq are
@@ -13,19 +15,6 @@ void sample_statistics_range(const T* g, int64_t rows, int64_t stride, int64_t f
                              T* sum, T* sum_sq, double* norms_sq);
 
 // adagrad.inl: one run of elements of one tensor.
-struct AdagradOptions {
-  double lr, eps, weight_decay, grad_scale;
-  bool maximize;
-  double samples;  // N of the coordinate test; read only where coordinate_sums is given
-};
-struct AdagradReductions {
-  double grad_norm_sq = 0;     // sum of g^2, without weight decay
-  double variance_sum = 0;     // sum of var_j
-  double max_ratio = 0;        // max of var_j / g_j^2, 0/0 taken as 0
-  double variance_metric = 0;  // sum of var_j / (sqrt(v_j) + eps)
-  double grad_metric = 0;      // sum of g_j^2 / (sqrt(v_j) + eps)
-  double decayed_norm_sq = 0;  // sum of (g + weight_decay p)^2
-};
 template <class T>
 AdagradReductions adagrad_range(T* param, const T* grad, T* sum, const T* coordinate_sums,
                                 int64_t n, const AdagradOptions& options);
@@ -52,6 +41,38 @@ template <class T>
 void bias_range(const T* grad_out, int64_t positions, int64_t out_features, int64_t first,
                 int64_t last, T* sum, T* sum_sq, double* norms, T* scratch);
 
+// scale.inl: samples [first, last) of grad_out and input, both contiguous [b, T, C, S]; statistics
+// by strides of b, T and C. Sums [C] are added to where they are not null, norms as well.
+// scratch [2 C].
+template <class T>
+struct ScaleGrad {
+  const T *grad_out, *input, *mean, *rstd;
+  int64_t mean_sample, mean_position, mean_channel;
+  int64_t rstd_sample, rstd_position, rstd_channel;
+  int64_t positions, channels, inner;  // T, C, S
+};
+template <class T>
+struct ScaleSums {
+  T *weight, *bias, *weight_sq, *bias_sq;
+};
+template <class T>
+void scale_range(const ScaleGrad<T>& a, int64_t first, int64_t last, const ScaleSums<T>& out,
+                 double* norms, T* scratch);
+
+// embedding.inl: columns [first, last) of all samples; sum and sum_sq (or null) [V, width] and
+// norms [samples] are added to. scratch [last - first].
+template <class T>
+struct EmbeddingGrad {
+  const T* grad_out;      // [samples, positions, width]
+  const int64_t* tokens;  // [samples, positions]
+  const int64_t* order;   // [samples, positions]: a sample's positions ordered by token
+  int64_t samples, positions, width, padding_idx;
+  T *sum, *sum_sq;
+};
+template <class T>
+void embedding_range(const EmbeddingGrad<T>& a, int64_t first, int64_t last, double* norms,
+                     T* scratch);
+
 // weight_grad.inl: the weight gradient of samples [first, last) with their squared norms.
 //
 //   gradient_s[m, n] = sum over t of narrow_s[base[m] + position(t)] * wide_s[t, n]
@@ -66,14 +87,17 @@ struct WeightGrad {
   int64_t wide_sample, wide_position, wide_lane;
   int64_t lanes;        // how many n
   int64_t panel_width;  // lanes a panel: panel_width<T>(lanes)
-  // narrow: image (s, c, h, w) by strides, packed with zero padding to [channels][height][width]
+  // narrow: image (s, c, f, h, w) by strides, packed with zero padding to
+  // [channels][depth][height][width]
   const T* narrow;
-  int64_t narrow_sample, narrow_channel, narrow_row, narrow_column;
-  int64_t channels, rows, columns;           // of the image as given
-  int64_t pad_top, pad_left, height, width;  // of the packed image
-  const int64_t* base;                       // [members], offsets into the packed image
-  int64_t members;                           // how many m
-  int64_t outer_positions, inner_positions, outer_step, inner_step;  // position(t), two loops
+  int64_t narrow_sample, narrow_channel, narrow_frame, narrow_row, narrow_column;
+  int64_t channels, frames, rows, columns;                     // of the image as given
+  int64_t pad_front, pad_top, pad_left, depth, height, width;  // of the packed image
+  const int64_t* base;                                         // [members], offsets into it
+  int64_t members;                                             // how many m
+  int64_t count[3], step[3];  // position(t) = sum of t_d * step[d], t_d < count[d]; last fastest
+  int64_t positions() const { return count[0] * count[1] * count[2]; }
+  int64_t image() const { return channels * depth * height * width; }
   // outputs, all added to
   T* sum;          // [panels][members][panel_width]
   T* sum_sq;       // the same, or null

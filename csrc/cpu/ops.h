@@ -2,17 +2,13 @@
 // states formulas and shapes. Registered in binding.cpp.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
+#include <optional>
 #include <tuple>
 #include <vector>
 
-namespace adagrad_kernels {
+#include "../common/tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace adagrad_kernels {
 
 std::tuple<Tensor, Tensor, Tensor> sample_statistics_cpu(const Tensor& g);
 std::tuple<Tensor, Tensor> pool_samples_cpu(const std::vector<Tensor>& probes,
@@ -31,38 +27,26 @@ std::tuple<Tensor, Tensor> adagrad_norm_cpu(const std::vector<Tensor>& params,
                                             const std::vector<double>& weight_decay, bool maximize,
                                             double grad_scale, int64_t samples);
 
+Tensor grad_norm_sq_cpu(const std::vector<Tensor>& tensors);
+
 // grad_weight, grad_bias, probe, weight_sums, bias_sums
 using LayerGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 LayerGrads linear_weight_grad_cpu(const Tensor& grad_out, const Tensor& input, int64_t capacity,
                                   bool weight, bool bias, bool coordinates);
-LayerGrads conv2d_weight_grad_cpu(const Tensor& grad_out, const Tensor& input,
-                                  const std::vector<int64_t>& kernel_size,
-                                  const std::vector<int64_t>& stride,
-                                  const std::vector<int64_t>& padding,
-                                  const std::vector<int64_t>& dilation, int64_t groups,
-                                  int64_t capacity, bool weight, bool bias, bool coordinates);
-
-// Helpers shared by the ops.
-inline bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
-
-// float32 or float64 as it is, bfloat16 and float16 as a float32 copy.
-inline Tensor as_compute(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  if (type == ScalarType::Float || type == ScalarType::Double) return t;
-  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "adagrad_kernels: expected a floating point tensor");
-  return torch::stable::to(t, ScalarType::Float);
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-template <class T>
-const T* const_data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LayerGrads conv_weight_grad_cpu(const Tensor& grad_out, const Tensor& input,
+                                const std::vector<int64_t>& kernel_size,
+                                const std::vector<int64_t>& stride,
+                                const std::vector<int64_t>& padding,
+                                const std::vector<int64_t>& dilation, int64_t groups,
+                                int64_t capacity, bool weight, bool bias, bool coordinates);
+LayerGrads scale_weight_grad_cpu(const Tensor& grad_out, const Tensor& input,
+                                 const std::optional<Tensor>& mean,
+                                 const std::optional<Tensor>& rstd, int64_t capacity, bool weight,
+                                 bool bias, bool coordinates);
+std::tuple<Tensor, Tensor, Tensor> embedding_weight_grad_cpu(const Tensor& grad_out,
+                                                             const Tensor& indices,
+                                                             int64_t num_embeddings,
+                                                             int64_t padding_idx, int64_t capacity,
+                                                             bool coordinates);
 
 }  // namespace adagrad_kernels

@@ -18,38 +18,6 @@ struct Slot {
   Tensor param, work, grad, sum, coordinate_sums;
 };
 
-bool same_layout(const Tensor& a, const Tensor& b) {
-  const auto x = a.strides(), y = b.strides();
-  if (x.size() != y.size()) return false;
-  for (size_t d = 0; d < x.size(); ++d) {
-    if (a.size(d) != b.size(d)) return false;
-    if (a.size(d) > 1 && x[d] != y[d]) return false;
-  }
-  return true;
-}
-
-bool dense(const Tensor& t) {
-  int64_t extent = 1;
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) == 0) return true;
-    extent += (t.size(d) - 1) * t.stride(d);
-  }
-  return extent == t.numel();
-}
-
-Tensor laid_out_as(const Tensor& t, const Tensor& model, const char* what, size_t index) {
-  bool shapes = t.dim() == model.dim();
-  for (int64_t d = 0; shapes && d < t.dim(); ++d) shapes = t.size(d) == model.size(d);
-  STD_TORCH_CHECK(shapes, "adagrad: the shape of ", what, " ", index,
-                  " is not that of its parameter");
-  const Tensor converted =
-      t.scalar_type() == model.scalar_type() ? t : torch::stable::to(t, model.scalar_type());
-  if (same_layout(converted, model)) return converted;
-  Tensor copy = torch::stable::empty_like(model);
-  torch::stable::copy_(copy, converted);
-  return copy;
-}
-
 std::vector<Slot> make_slots(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                              const std::vector<Tensor>* sums,
                              const std::vector<Tensor>& coordinate_sums) {
@@ -62,7 +30,9 @@ std::vector<Slot> make_slots(const std::vector<Tensor>& params, const std::vecto
   for (size_t i = 0; i < n; ++i) {
     STD_TORCH_CHECK(dense(params[i]), "adagrad: parameter ", i, " has gaps or overlaps in memory");
     const Tensor work = as_compute(params[i]);
-    Slot slot = {i, params[i], work, laid_out_as(grads[i], work, "gradient", i), work, work};
+    Slot slot = {i,    params[i],
+                 work, laid_out_as(grads[i], work, work.scalar_type(), "gradient", i),
+                 work, work};
     if (sums) {
       slot.sum = (*sums)[i];
       STD_TORCH_CHECK(slot.sum.scalar_type() == work.scalar_type() && same_layout(slot.sum, work),
@@ -71,7 +41,8 @@ std::vector<Slot> make_slots(const std::vector<Tensor>& params, const std::vecto
                       "the parameter is)");
     }
     if (!coordinate_sums.empty()) {
-      slot.coordinate_sums = laid_out_as(coordinate_sums[i], work, "coordinate sum", i);
+      slot.coordinate_sums =
+          laid_out_as(coordinate_sums[i], work, work.scalar_type(), "coordinate sum", i);
     }
     slots.push_back(slot);
   }
@@ -218,6 +189,27 @@ std::tuple<Tensor, Tensor> adagrad_norm_cpu(const std::vector<Tensor>& params,
   total.grad_norm_sq = grad_norm_sq;
   write_back(slots);
   return as_tensors(params[0], total, coordinates);
+}
+
+Tensor grad_norm_sq_cpu(const std::vector<Tensor>& tensors) {
+  STD_TORCH_CHECK(!tensors.empty(), "grad_norm_sq: no tensors");
+  std::vector<Slot> slots;
+  slots.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor t = as_compute(tensors[i]);
+    const Tensor work = dense(t) ? t : torch::stable::contiguous(t);
+    slots.push_back({i, tensors[i], work, work, work, work});
+  }
+  AdagradOptions options = {};
+  options.grad_scale = 1;
+  const auto reduce = [&](auto zero, const Slot& s, int64_t first, int64_t n) {
+    using T = decltype(zero);
+    return adagrad_norm_reduce_range<T>(nullptr, offset<T>(s.grad, first), n, options);
+  };
+  const AdagradReductions total = over_all(slots, [&](const Slot& s, int64_t first, int64_t n) {
+    return is_double(s.work) ? reduce(0.0, s, first, n) : reduce(0.0f, s, first, n);
+  });
+  return std::get<0>(as_tensors(tensors[0], total, false));
 }
 
 }  // namespace adagrad_kernels

@@ -9,18 +9,16 @@ using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 
-// Threads take columns when there are enough of them, otherwise rows as well, with sums of
-// their own that are added in a fixed order.
+// Tasks take runs of columns, and of rows as well where there are few columns, with sums of their
+// own that are added in a fixed order. The split depends on the shape alone: so do the results.
 template <class T>
 static void sample_statistics_into(const Tensor& g, const Tensor& sum, const Tensor& sum_sq,
                                    const Tensor& norms_sq) {
-  constexpr int64_t kColumns = 4096;  // the smallest worthwhile run of columns
+  constexpr int64_t kColumns = 4096, kTasks = 32, kWork = 32768;  // kWork: elements of a task
   const int64_t rows = g.size(0), columns = g.size(1);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t small = rows * columns < 32768 ? 1 : threads;
-  const int64_t column_parts = std::clamp<int64_t>(columns / kColumns, 1, small);
+  const int64_t column_parts = std::max<int64_t>(columns / kColumns, 1);
   const int64_t row_parts =
-      std::clamp<int64_t>(small / column_parts, 1, std::max<int64_t>(rows, 1));
+      std::max<int64_t>(std::min({kTasks / column_parts, rows * columns / kWork, rows / 8}), 1);
   const int64_t parts = column_parts * row_parts;
   std::vector<double> norms(column_parts * rows, 0.0);
   std::vector<T> partial(row_parts > 1 ? 2 * (row_parts - 1) * columns : 0);

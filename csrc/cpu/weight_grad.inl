@@ -33,9 +33,10 @@ __attribute__((noinline)) void tile(const WeightGrad<T>& a, const Chunk<T>& chun
     const T* narrow[MR];
     for (int m = 0; m < MR; ++m) narrow[m] = chunk.narrow + s * chunk.narrow_stride + base[m];
     Vector<T> acc[MR][NV] = {};
-    for (int64_t outer = 0; outer < a.outer_positions; ++outer) {
-      int64_t position = outer * a.outer_step;
-      for (int64_t inner = 0; inner < a.inner_positions; ++inner) {
+    const int64_t lines = a.count[0] * a.count[1];
+    for (int64_t line = 0; line < lines; ++line) {
+      int64_t position = line / a.count[1] * a.step[0] + line % a.count[1] * a.step[1];
+      for (int64_t inner = 0; inner < a.count[2]; ++inner) {
         Vector<T> w[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) w[v] = load(wide + v * kLanes<T>);
@@ -46,7 +47,7 @@ __attribute__((noinline)) void tile(const WeightGrad<T>& a, const Chunk<T>& chun
           for (int v = 0; v < NV; ++v) acc[m][v] += x * w[v];
         }
         wide += kWidth;
-        position += a.inner_step;
+        position += a.step[2];
       }
     }
     Vector<T> norm[4] = {};
@@ -129,7 +130,7 @@ ADAGRAD_KERNELS_INLINE void pack_wide(const WeightGrad<T>& a, int64_t sample, in
                                       T* out) {
   const int64_t width = a.panel_width, first = panel * width;
   const int64_t lanes = a.lanes - first < width ? a.lanes - first : width;
-  const int64_t positions = a.outer_positions * a.inner_positions;
+  const int64_t positions = a.positions();
   const T* in = a.wide + sample * a.wide_sample + first * a.wide_lane;
   if (a.wide_lane == 1) {
     for (int64_t t = 0; t < positions; ++t) {
@@ -152,11 +153,15 @@ ADAGRAD_KERNELS_INLINE void pack_wide(const WeightGrad<T>& a, int64_t sample, in
 
 template <class T>
 ADAGRAD_KERNELS_INLINE void pack_narrow(const WeightGrad<T>& a, int64_t sample, T* out) {
-  for (int64_t i = 0; i < a.channels * a.height * a.width; ++i) out[i] = 0;
-  for (int64_t c = 0; c < a.channels; ++c) {
+  for (int64_t i = 0; i < a.image(); ++i) out[i] = 0;
+  for (int64_t line = 0; line < a.channels * a.frames; ++line) {
+    const int64_t c = line / a.frames, f = line % a.frames;
+    const T* frame =
+        a.narrow + sample * a.narrow_sample + c * a.narrow_channel + f * a.narrow_frame;
+    T* to = out + (c * a.depth + f + a.pad_front) * a.height * a.width;
     for (int64_t h = 0; h < a.rows; ++h) {
-      const T* in = a.narrow + sample * a.narrow_sample + c * a.narrow_channel + h * a.narrow_row;
-      T* row = out + (c * a.height + h + a.pad_top) * a.width + a.pad_left;
+      const T* in = frame + h * a.narrow_row;
+      T* row = to + (h + a.pad_top) * a.width + a.pad_left;
       if (a.narrow_column == 1) {
         __builtin_memcpy(row, in, sizeof(T) * a.columns);
       } else {
@@ -170,7 +175,7 @@ ADAGRAD_KERNELS_INLINE void pack_narrow(const WeightGrad<T>& a, int64_t sample, 
 template <class T>
 ADAGRAD_KERNELS_INLINE void add_wide_sum(const WeightGrad<T>& a, const T* packed, int64_t panel,
                                          double* norm) {
-  const int64_t positions = a.outer_positions * a.inner_positions;
+  const int64_t positions = a.positions();
   for (int64_t n = 0; n < a.panel_width; n += kLanes<T>) {
     Vector<T> part[4] = {};
     int64_t t = 0;
@@ -206,11 +211,13 @@ template <class T>
 ADAGRAD_KERNELS_INLINE void range(const WeightGrad<T>& a, int64_t first, int64_t last,
                                   int64_t first_panel, int64_t last_panel) {
   constexpr int kNarrow = 64 / kVectorBytes;  // vectors in a panel of 64 bytes
-  const int64_t positions = a.outer_positions * a.inner_positions;
+  const int64_t positions = a.positions();
   const int64_t panel_size = positions * a.panel_width;
-  const int64_t image_size = a.channels * a.height * a.width;
-  const bool in_place = a.rows == a.height && a.columns == a.width && a.narrow_column == 1 &&
-                        a.narrow_row == a.width && a.narrow_channel == a.height * a.width;
+  const int64_t image_size = a.image();
+  const bool in_place = a.frames == a.depth && a.rows == a.height && a.columns == a.width &&
+                        a.narrow_column == 1 && a.narrow_row == a.width &&
+                        a.narrow_frame == a.height * a.width &&
+                        a.narrow_channel == a.depth * a.height * a.width;
   T* wide = a.scratch;
   T* image = wide + a.chunk * (last_panel - first_panel) * panel_size;
   T* norms = image + (in_place ? 0 : a.chunk * image_size);

@@ -1,0 +1,82 @@
+"""Attaching an observer to a model: which layers are observed, and how their classes change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
+
+from .layers import OBSERVED, ObservedLayer, fallback_class, observed_class
+
+if TYPE_CHECKING:
+    from .observer import Observer
+
+
+class UnsupportedLayerError(TypeError):
+    """A layer with trainable parameters whose per-sample gradients cannot be measured."""
+
+
+def attach(
+    model: nn.Module, observer: Observer, fallback: str
+) -> tuple[list[ObservedLayer], dict[nn.Parameter, str], set[ObservedLayer]]:
+    """Exchanges the classes of the model's layers.
+
+    Returns:
+        The observed layers, the name of every parameter, and the layers that share a parameter
+        with another one.
+    """
+    plan = _plan(model, fallback)
+    names = {p: name for name, p in model.named_parameters()}
+    if not any(p.requires_grad for p in names):
+        raise ValueError("the model has no trainable parameters: there is nothing to observe")
+    layers: list[ObservedLayer] = []
+    for name, (module, observed) in plan.items():
+        module.__dict__["plain_class"] = type(module)
+        module.__class__ = observed  # type: ignore[assignment]
+        layer = cast(ObservedLayer, module)
+        layer.attach(observer, name)
+        layers.append(layer)
+    users: dict[nn.Parameter, list[ObservedLayer]] = {}
+    for layer in layers:
+        for p in layer.trainable().values():
+            users.setdefault(p, []).append(layer)
+    tied = {layer for found in users.values() if len(found) > 1 for layer in found}
+    return layers, names, tied
+
+
+def _plan(model: nn.Module, fallback: str) -> dict[str, tuple[nn.Module, type[ObservedLayer]]]:
+    """Name, module and observed class of each layer; changes nothing."""
+    plan: dict[str, tuple[nn.Module, type[ObservedLayer]]] = {}
+    units: list[str] = []  # modules that are measured with everything in them
+    for name, module in model.named_modules():
+        if any(unit == "" or name.startswith(unit + ".") for unit in units):
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, ObservedLayer):
+            raise ValueError(f"layer {name!r} is observed already; detach that observer first")
+        if any(nn.parameter.is_lazy(p) for p in own.values()):
+            raise ValueError(f"layer {name!r} is lazy; run one forward pass before observing")
+        trainable = [key for key, p in own.items() if p.requires_grad]
+        observed = observed_class(type(module)) if own else None
+        reason = observed.refusal(module) if observed is not None and trainable else ""
+        if observed is not None and not reason:
+            plan[name] = module, observed
+        elif trainable and fallback == "vmap":
+            plan[name] = module, fallback_class(type(module))
+            units.append(name)
+        elif trainable:
+            raise UnsupportedLayerError(_unsupported(name, module, trainable, reason))
+    return plan
+
+
+def _unsupported(name: str, module: nn.Module, trainable: list[str], reason: str) -> str:
+    known = ", ".join(cls.__name__ for cls in OBSERVED)
+    kind = type(module).__name__
+    return (
+        f"layer {name or '(the model itself)'!r} ({kind}) has trainable parameters "
+        f"({', '.join(trainable)}) whose per-sample gradients cannot be measured"
+        + (f" ({reason})" if reason else "")
+        + f". Supported: {known} and subclasses that keep their forward. Freeze the parameters "
+        "with requires_grad_(False), replace the layer, or observe with "
+        'fallback="vmap" (exact for modules whose samples do not influence each other, but slow).'
+    )

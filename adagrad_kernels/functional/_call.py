@@ -1,0 +1,94 @@
+"""What the functions share: who is told of a call's backward pass, checks, autocast."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class CallListener(Protocol):
+    """Told of every backward pass through an observed call that runs outside a compiled graph."""
+
+    def called(self, call: Call, saved: tuple[Tensor, ...]) -> None:
+        """This call took part; `saved` are its operands, the samples in dim 0, grad_out last."""
+
+
+class Call(NamedTuple):
+    """One use of a function in a layer.
+
+    Attributes:
+        key: from `listen`, 0 for nobody.
+        counts: whether row 1 of the probe counts this call (one of a layer's calls should).
+    """
+
+    key: int = 0
+    counts: bool = True
+
+
+NOBODY = Call()
+"""The call that nobody is told of."""
+
+_listeners: weakref.WeakValueDictionary[int, CallListener] = weakref.WeakValueDictionary()
+_keys = itertools.count(1)
+
+
+def listen(listener: CallListener) -> int:
+    """A new key whose calls are told to `listener` (held weakly)."""
+    key = next(_keys)
+    _listeners[key] = listener
+    return key
+
+
+def tell(call: Call, *saved: Tensor) -> None:
+    """Tells the call's listener of its backward pass."""
+    if call.key and not torch.compiler.is_compiling():
+        listener = _listeners.get(call.key)
+        if listener is not None:
+            listener.called(call, tuple(t.detach() for t in saved))
+
+
+def check_probe(samples: int, probe: Tensor, name: str) -> None:
+    """That the probe has a column for each sample."""
+    if probe.dim() != 2 or probe.shape[0] != 2:
+        raise ValueError(f"{name}: expected a probe [2, capacity], got {list(probe.shape)}")
+    if samples > probe.shape[1]:
+        raise ValueError(
+            f"{name}: a batch of {samples} samples needs a probe of that many columns, got "
+            f"{list(probe.shape)}; before compiling for larger batches, call observer.reserve()"
+        )
+
+
+def refuse_double_backward() -> None:
+    """Statistics have no second derivative."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "per-sample statistics have no second derivative: an observed model cannot run "
+            "backward(create_graph=True); call observer.detach() first"
+        )
+
+
+def counted(grad_probe: Tensor, probe: Tensor, call: Call) -> Tensor:
+    """The probe's gradient, without row 1 where the call does not count."""
+    grad_probe = grad_probe.to(probe.dtype)
+    return grad_probe if call.counts else grad_probe * grad_probe.new_tensor([[1.0], [0.0]])
+
+
+def as_grad(grad: Tensor, like: Tensor | None, wanted: bool) -> Tensor | None:
+    """A gradient in its tensor's dtype, or None if it is not wanted."""
+    return grad.to(like.dtype) if wanted and like is not None else None
+
+
+def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The casts that autocast would do inside, done outside, so that autograd sees them."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return (x, *tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, *tensors)
+    )

@@ -1,0 +1,191 @@
+"""`conv` and `conv_transpose`, for one to three spatial dimensions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ._call import (
+    NOBODY,
+    Call,
+    as_grad,
+    autocast,
+    check_probe,
+    counted,
+    refuse_double_backward,
+    tell,
+)
+
+_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, *options):
+        ctx.save_for_backward(x, weight, bias, probe)
+        ctx.call, ctx.options = call, options
+        return _CONV[x.dim()](x, weight, bias, *options)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        refuse_double_backward()
+        x, weight, bias, probe = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.options
+        need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
+        tell(ctx.call, x, grad_out)
+        grad_x = None
+        if need_x:
+            grad_x = torch.ops.aten.convolution_backward.default(
+                grad_out, x, weight, None, stride, padding, dilation, False, [0] * len(stride),
+                groups, [True, False, False],
+            )[0]  # fmt: skip
+        grad_w, grad_b, grad_p, sums_w, sums_b = ops.conv_weight_grad(
+            grad_out, x, weight.shape[2:], stride, padding, dilation, groups,
+            probe.shape[1], need_w, need_b, need_ws or need_bs,
+        )  # fmt: skip
+        return (
+            grad_x,
+            as_grad(grad_w, weight, need_w),
+            as_grad(grad_b, bias, need_b),
+            counted(grad_p, probe, ctx.call),
+            sums_w if need_ws else None,
+            sums_b if need_bs else None,
+            *(None,) * 5,
+        )
+
+
+class _ConvTranspose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, *options):
+        ctx.save_for_backward(x, weight, bias, probe)
+        ctx.call, ctx.options = call, options
+        stride, padding, output_padding, dilation, groups = options
+        function = _CONV_TRANSPOSE[x.dim()]
+        return function(x, weight, bias, stride, padding, output_padding, groups, dilation)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        refuse_double_backward()
+        x, weight, bias, probe = ctx.saved_tensors
+        stride, padding, _, dilation, groups = ctx.options
+        need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
+        tell(ctx.call, x, grad_out)
+        grad_x = _CONV[x.dim()](grad_out, weight, None, *_as_conv(ctx.options)) if need_x else None
+        # The weight's gradient is that of a convolution of grad_out whose output x is.
+        grad_w, _, grad_p, sums_w, _ = ops.conv_weight_grad(
+            x, grad_out, weight.shape[2:], stride, padding, dilation, groups,
+            probe.shape[1], need_w, False, need_ws,
+        )  # fmt: skip
+        grad_b = sums_b = None
+        if need_b:
+            by_channel = grad_out.reshape(*grad_out.shape[:2], -1).unsqueeze(1)
+            _, grad_b, grad_p_bias, _, sums_b = ops.scale_weight_grad(
+                by_channel, by_channel, None, None, probe.shape[1], False, True, need_bs
+            )
+            grad_p = torch.stack([grad_p[0] + grad_p_bias[0], grad_p[1]])
+            grad_b = as_grad(grad_b, bias, need_b)
+        return (
+            grad_x,
+            as_grad(grad_w, weight, need_w),
+            grad_b,
+            counted(grad_p, probe, ctx.call),
+            sums_w if need_ws else None,
+            sums_b if need_bs else None,
+            *(None,) * 6,
+        )
+
+
+def _as_conv(options: tuple) -> tuple:
+    stride, padding, _, dilation, groups = options
+    return stride, padding, dilation, groups
+
+
+def _check(x: Tensor, weight: Tensor, probe: Tensor, name: str) -> None:
+    if x.dim() != weight.dim() or x.dim() not in _CONV:
+        raise ValueError(
+            f"{name}: expected an input [samples, channels, ...] with "
+            f"{weight.dim() - 2} spatial dimensions, got {list(x.shape)}"
+        )
+    check_probe(x.shape[0], probe, name)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    probe: Tensor,
+    weight_probe: Tensor | None = None,
+    bias_probe: Tensor | None = None,
+    call: Call = NOBODY,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0),
+    dilation: tuple[int, ...] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv1d`, `conv2d` or `conv3d` that measures.
+
+    Args:
+        x: input [b, C, *D].
+        weight: [O, C/groups, *kernel_size].
+        bias: [O] or None.
+        probe: see the package, as the others below.
+        weight_probe: as there.
+        bias_probe: as there.
+        call: as there.
+        stride: one number a spatial dimension; padding and dilation likewise.
+        padding: zeros on both sides.
+        dilation: distance of kernel elements.
+        groups: as in `torch.nn.Conv2d`.
+
+    Raises:
+        ValueError: an input without the sample dimension, or more samples than columns.
+    """
+    _check(x, weight, probe, "conv")
+    x_, weight_, bias_ = autocast(x, weight, bias)
+    return _Conv.apply(
+        x_, weight_, bias_, probe, weight_probe, bias_probe, call, stride, padding, dilation, groups
+    )  # type: ignore[return-value]
+
+
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    probe: Tensor,
+    weight_probe: Tensor | None = None,
+    bias_probe: Tensor | None = None,
+    call: Call = NOBODY,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0),
+    output_padding: tuple[int, ...] = (0, 0),
+    dilation: tuple[int, ...] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv_transpose1d`, `2d` or `3d` that measures.
+
+    Args:
+        x: input [b, C, *D].
+        weight: [C, O/groups, *kernel_size].
+        bias: [O] or None.
+        probe: see the package, as the others below.
+        weight_probe: as there.
+        bias_probe: as there.
+        call: as there.
+        stride: one number a spatial dimension; padding, output_padding, dilation likewise.
+        padding: as in `torch.nn.ConvTranspose2d`.
+        output_padding: as there.
+        dilation: distance of kernel elements.
+        groups: as there.
+
+    Raises:
+        ValueError: an input without the sample dimension, or more samples than columns.
+    """
+    _check(x, weight, probe, "conv_transpose")
+    x_, weight_, bias_ = autocast(x, weight, bias)
+    return _ConvTranspose.apply(
+        x_, weight_, bias_, probe, weight_probe, bias_probe, call,
+        stride, padding, output_padding, dilation, groups,
+    )  # type: ignore[return-value]  # fmt: skip

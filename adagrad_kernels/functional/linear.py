@@ -1,0 +1,87 @@
+"""`linear`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ._call import (
+    NOBODY,
+    Call,
+    as_grad,
+    autocast,
+    check_probe,
+    counted,
+    refuse_double_backward,
+    tell,
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call):
+        ctx.save_for_backward(x, weight, bias, probe)
+        ctx.call = call
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        refuse_double_backward()
+        x, weight, bias, probe = ctx.saved_tensors
+        need_x, need_w, need_b, _, need_ws, need_bs, _ = ctx.needs_input_grad
+        tell(ctx.call, x, grad_out)
+        grad_x = grad_out.matmul(weight) if need_x else None
+        grad_w, grad_b, grad_p, sums_w, sums_b = ops.linear_weight_grad(
+            grad_out, x, probe.shape[1], need_w, need_b, need_ws or need_bs
+        )
+        return (
+            grad_x,
+            as_grad(grad_w, weight, need_w),
+            as_grad(grad_b, bias, need_b),
+            counted(grad_p, probe, ctx.call),
+            sums_w if need_ws else None,
+            sums_b if need_bs else None,
+            None,
+        )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    probe: Tensor,
+    weight_probe: Tensor | None = None,
+    bias_probe: Tensor | None = None,
+    call: Call = NOBODY,
+) -> Tensor:
+    """`torch.nn.functional.linear` that measures: y = x Wᵀ + bias.
+
+    Args:
+        x: input [b, …, I]; dimension 0 counts the samples, the others are positions in one.
+        weight: [O, I].
+        bias: [O] or None.
+        probe: see the package, as the others below.
+        weight_probe: as there.
+        bias_probe: as there.
+        call: as there.
+
+    Raises:
+        ValueError: an input of one dimension, or more samples than the probe has columns.
+
+    Example:
+        >>> x, w = torch.tensor([[1., 0.], [0., 2.]]), torch.ones(1, 2, requires_grad=True)
+        >>> probe = torch.zeros(2, 2, requires_grad=True)
+        >>> linear(x, w, None, probe).sum().backward()
+        >>> probe.grad[0].tolist()
+        [1.0, 4.0]
+    """
+    if x.dim() < 2:
+        raise ValueError(
+            f"linear: an input of shape {list(x.shape)} has no sample dimension; give "
+            "[samples, ..., features]"
+        )
+    check_probe(x.shape[0], probe, "linear")
+    x_, weight_, bias_ = autocast(x, weight, bias)
+    return _Linear.apply(x_, weight_, bias_, probe, weight_probe, bias_probe, call)  # type: ignore[return-value]

@@ -1,0 +1,160 @@
+"""Any module, observed by computing each sample's gradient: exact, slow, [b, P] of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from .. import functional
+from ..functional._call import check_probe, counted, refuse_double_backward, tell
+from .base import ObservedLayer
+
+
+class ObservedFallback(ObservedLayer, nn.Module):
+    """A module with everything in it as one unit; its samples must not influence each other.
+
+    Positional arguments are tensors with one row a sample; keyword arguments are shared by all
+    samples and get no gradient. The output is a tensor, or a tuple of tensors, with one row a
+    sample. The module runs once as it is, and its gradient once for each sample, by
+    `torch.func.vmap`.
+    """
+
+    observed_method = "vmap, one gradient a sample"
+    _inside = False
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """All parameters in the module that require grad."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def measures(self) -> bool:
+        """See `ObservedLayer`."""
+        return torch.is_grad_enabled() and not self._inside and bool(self.trainable())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain module's forward."""
+        if not self.measures():
+            return self.plain_class.forward(self, *args, **kwargs)
+        self._check(args, kwargs)
+        probe, call = self.probe_and_call(args[0], self._call)
+        check_probe(args[0].shape[0], probe, self.observed_name)
+        params = self.trainable()
+        of = self.coordinate_probes()
+        probes = [of.get(name) for name in params]
+        outputs = _Fallback.apply(self, kwargs, len(args), call, probe, *args, *params.values(),
+                                  *probes)  # fmt: skip
+        return outputs[0] if self._single else outputs
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = f"layer {self.observed_name!r} ({self.plain_class.__name__}, measured by vmap)"
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{name} cannot be compiled; run it without torch.compile")
+        if not args or not all(isinstance(a, Tensor) and a.dim() for a in args):
+            raise ValueError(f"{name}: positional arguments must be tensors with a row a sample")
+        if len({a.shape[0] for a in args}) > 1:
+            shapes = ", ".join(str(list(a.shape)) for a in args)
+            raise ValueError(
+                f"{name}: positional arguments of shapes {shapes} have different numbers of rows; "
+                "what all samples share goes in by keyword"
+            )
+        shared = [k for k, v in kwargs.items() if isinstance(v, Tensor) and v.requires_grad]
+        if shared:
+            raise ValueError(f"{name}: keyword argument {shared[0]!r} would lose its gradient")
+
+    def run(self, params: dict[str, Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
+        """The plain forward with other parameters; outputs as a tuple."""
+        self._inside = True
+        try:
+            output = functional_call(self, params, tuple(args), kwargs)
+        finally:
+            self._inside = False
+        self._single = isinstance(output, Tensor)
+        return (output,) if self._single else tuple(output)
+
+    def per_sample(
+        self,
+        params: dict[str, Tensor],
+        kwargs: dict[str, Any],
+        args: tuple[Tensor, ...],
+        grads_out: tuple[Tensor, ...],
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """(c_i of each parameter, gradient of each argument), both with a row a sample."""
+        floating = [k for k, a in enumerate(args) if a.is_floating_point()]
+
+        def one(row: tuple[Tensor, ...], grad: tuple[Tensor, ...]) -> Any:
+            def outputs(p: dict[str, Tensor], xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                full = list(row)
+                for k, x in zip(floating, xs, strict=True):
+                    full[k] = x
+                found = self.run(p, (a.unsqueeze(0) for a in full), kwargs)
+                return tuple(y.squeeze(0) for y in found)
+
+            pull = vjp(outputs, params, tuple(row[k] for k in floating))[1]
+            return pull(grad)
+
+        return vmap(one)(args, grads_out)
+
+    def sample_grads(
+        self, key: int, saved: tuple[Tensor, ...], names: list[str]
+    ) -> dict[str, Tensor]:
+        """See `ObservedLayer`."""
+        arity, kwargs = cast(Any, self)._last
+        args, grads_out = saved[:arity], saved[arity:]
+        params = {name: p.detach() for name, p in self.trainable().items()}
+        grads, _ = self.per_sample(params, kwargs, args, grads_out)
+        return {name: grads[name] for name in names}
+
+    def contract(self, key: int, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> Tensor:
+        """See `ObservedLayer`."""
+        grads = self.sample_grads(key, saved, list(params))
+        products = [(grads[n] * p).flatten(1).sum(1) for n, p in params.items()]
+        return torch.stack(products).sum(0)
+
+
+class _Fallback(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layer, kwargs, arity, call, probe, *tensors):
+        params = layer.trainable()
+        args = tensors[:arity]
+        ctx.layer, ctx.kwargs, ctx.arity, ctx.call = layer, kwargs, arity, call
+        ctx.names = list(params)
+        ctx.save_for_backward(probe, *tensors[: arity + len(params)])
+        return layer.run(params, args, kwargs)
+
+    @staticmethod
+    def backward(ctx, *grads_out):
+        refuse_double_backward()
+        layer = cast(Any, ctx.layer)
+        probe, *tensors = ctx.saved_tensors
+        args, values = tuple(tensors[: ctx.arity]), tensors[ctx.arity :]
+        params = {n: v.detach() for n, v in zip(ctx.names, values, strict=True)}
+        layer._last = (ctx.arity, ctx.kwargs)
+        tell(ctx.call, *args, *grads_out)
+        samples = args[0].shape[0]
+        grads, grads_in = layer.per_sample(params, ctx.kwargs, args, grads_out)
+        norms = sum(g.flatten(1).square().sum(1) for g in grads.values())
+        grad_p = torch.zeros_like(probe)
+        grad_p[0, :samples], grad_p[1, :samples] = norms, 1
+        sums = (
+            [grads[n].square().sum(0) for n in ctx.names]
+            if layer._observer.coordinates
+            else [None] * len(ctx.names)
+        )
+        of_args = iter(grads_in)
+        return (
+            None, None, None, None, counted(grad_p, probe, ctx.call),
+            *(next(of_args) if a.is_floating_point() else None for a in args),
+            *(grads[n].sum(0) for n in ctx.names),
+            *sums,
+        )  # fmt: skip
+
+
+def fallback_class(plain: type[nn.Module]) -> type[ObservedFallback]:
+    """The observed class of any module class."""
+    return type(f"Observed{plain.__name__}", (ObservedFallback, plain), {})
+
+
+__all__ = ["ObservedFallback", "fallback_class", "functional"]

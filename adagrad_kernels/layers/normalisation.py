@@ -1,0 +1,149 @@
+"""Layers with a scale and a shift by channel, observed: normalisations and PReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .. import functional
+from .base import ObservedLayer
+
+
+class _Affine(ObservedLayer):
+    observed_method = "sums by channel"
+
+    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+        """See `ObservedLayer`; operands are [b, T, C, S] and, with mean and rstd, normalised."""
+        x, *statistics = operands
+        if statistics:
+            mean, rstd = statistics
+            x = (x - mean) * rstd
+        weight, bias = params.get("weight"), params.get("bias")
+        y = torch.zeros_like(x) if weight is None else x * weight.reshape(1, 1, -1, 1)
+        return y if bias is None else y + bias.reshape(1, 1, -1, 1)
+
+
+class ObservedLayerNorm(_Affine, nn.LayerNorm):
+    """Layer normalisation that measures; inputs [b, …, *normalized_shape]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `torch.nn.LayerNorm`."""
+        if not self.measures():
+            return super().forward(input)
+        return functional.layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, *self.probes(input)
+        )
+
+
+class ObservedRMSNorm(_Affine, nn.RMSNorm):
+    """Root-mean-square normalisation that measures; inputs [b, …, *normalized_shape]."""
+
+    observed_parameters = ("weight",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `torch.nn.RMSNorm`."""
+        if not self.measures():
+            return super().forward(x)
+        probes = self.probes(x)
+        normalised = F.rms_norm(x, self.normalized_shape, None, self.eps)
+        axis = x.dim() - len(self.normalized_shape)
+        return functional.scale(normalised, self.weight, None, axis, *probes)
+
+
+class ObservedGroupNorm(_Affine, nn.GroupNorm):
+    """Group normalisation that measures; inputs [b, C, …]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `torch.nn.GroupNorm`."""
+        if not self.measures():
+            return super().forward(input)
+        return functional.group_norm(
+            input, self.num_groups, self.weight, self.bias, self.eps, *self.probes(input)
+        )
+
+
+class _ObservedBatchNorm(_Affine, _BatchNorm):
+    observed_method = "sums by channel; in training mode of the batch's gradient"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `torch.nn.BatchNorm1d`, `2d`, `3d`."""
+        if not self.measures():
+            return self.plain_class.forward(self, input)
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        of_batch = self.training or (self.running_mean is None and self.running_var is None)
+        tracked = not self.training or self.track_running_stats
+        return functional.batch_norm(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight, self.bias, of_batch, momentum, self.eps, *self.probes(input),
+        )  # fmt: skip
+
+
+class ObservedBatchNorm1d(_ObservedBatchNorm, nn.BatchNorm1d):
+    """Batch normalisation that measures; inputs [b, C] or [b, C, L]."""
+
+
+class ObservedBatchNorm2d(_ObservedBatchNorm, nn.BatchNorm2d):
+    """Batch normalisation that measures; inputs [b, C, H, W]."""
+
+
+class ObservedBatchNorm3d(_ObservedBatchNorm, nn.BatchNorm3d):
+    """Batch normalisation that measures; inputs [b, C, D, H, W]."""
+
+
+class _ObservedInstanceNorm(_Affine, _InstanceNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        """As `torch.nn.InstanceNorm1d`, `2d`, `3d`."""
+        if not self.measures():
+            return self.plain_class.forward(self, input)
+        self._check_input_dim(input)
+        if input.dim() == self._get_no_batch_dim():
+            raise ValueError(
+                f"layer {self.observed_name!r}: an input of shape {list(input.shape)} has no "
+                "sample dimension"
+            )
+        probes = self.probes(input)
+        normalised = F.instance_norm(
+            input, self.running_mean, self.running_var, None, None,
+            self.training or not self.track_running_stats,
+            0.0 if self.momentum is None else self.momentum, self.eps,
+        )  # fmt: skip
+        return functional.scale(normalised, self.weight, self.bias, 1, *probes)
+
+
+class ObservedInstanceNorm1d(_ObservedInstanceNorm, nn.InstanceNorm1d):
+    """Instance normalisation that measures; inputs [b, C, L]."""
+
+
+class ObservedInstanceNorm2d(_ObservedInstanceNorm, nn.InstanceNorm2d):
+    """Instance normalisation that measures; inputs [b, C, H, W]."""
+
+
+class ObservedInstanceNorm3d(_ObservedInstanceNorm, nn.InstanceNorm3d):
+    """Instance normalisation that measures; inputs [b, C, D, H, W]."""
+
+
+class ObservedPReLU(_Affine, nn.PReLU):
+    """PReLU that measures: max(x, 0) + weight · min(x, 0), by channel (dimension 1) or for all."""
+
+    observed_parameters = ("weight",)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `torch.nn.PReLU`."""
+        if not self.measures():
+            return super().forward(input)
+        probes = self.probes(input)
+        negative = functional.scale(input.clamp(max=0), self.weight, None, 1, *probes)
+        return F.relu(input) + negative

@@ -1,0 +1,103 @@
+// The one-pass weight gradient over threads: who computes what, and how the parts are joined.
+#pragma once
+
+#include "layer_ops.h"
+
+namespace adagrad_kernels {
+
+// How weight_grad_range's work is split: every task has a run of samples and a run of panels of
+// one group. Small weights split the samples, each part with sums of its own; large ones split
+// the panels, so that no second copy of the sums is needed.
+struct Split {
+  int64_t groups, sample_parts, panel_parts, panels, panel_elements;
+  int64_t tasks() const { return groups * sample_parts * panel_parts; }
+  int64_t sums() const { return groups * panels * panel_elements; }  // of one sample part
+};
+
+template <class T>
+Split split_work(const WeightGrad<T>& a, int64_t groups, int64_t samples) {
+  const int64_t threads = get_num_threads();
+  Split s;
+  s.groups = groups;
+  s.panels = ceil_div(a.lanes, a.panel_width);
+  s.panel_elements = a.members * a.panel_width;
+  const int64_t wanted = ceil_div(threads, groups);
+  const bool large = s.panels * s.panel_elements >= (1 << 17);
+  s.panel_parts = large ? std::min(wanted, s.panels) : 1;
+  s.sample_parts = std::clamp<int64_t>(wanted / s.panel_parts, 1, samples);
+  if (!large) s.panel_parts = std::clamp<int64_t>(wanted / s.sample_parts, 1, s.panels);
+  return s;
+}
+
+// lanes_outer: the weight's rows are lanes (convolution) or members (linear).
+template <class T>
+void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t samples, bool lanes_outer,
+                     bool coordinates, const Outputs& out, std::vector<double>& norms) {
+  constexpr int64_t kChunkBytes = 384 << 10;  // operands of a chunk: well inside L2
+  const Split split = split_work(common, groups, samples);
+  const bool bias = out.wide_grad.numel() != 0;
+  const int64_t positions = common.positions();
+  const int64_t image = common.image();
+  const int64_t width = common.panel_width, bias_size = groups * split.panels * width;
+  const int64_t sums = split.sums() * (coordinates ? 2 : 1);
+  const int64_t own = sums + bias_size * 2;  // weight sums, their squares, bias sums, squares
+  Scratch<T> totals(split.sample_parts * own);
+  std::vector<double> task_norms(split.tasks() * samples, 0.0);
+  parallel_for(0, split.tasks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t g = task % groups, pp = task / groups % split.panel_parts;
+      const int64_t sp = task / groups / split.panel_parts;
+      const int64_t first_panel = split.panels * pp / split.panel_parts;
+      const int64_t last_panel = split.panels * (pp + 1) / split.panel_parts;
+      const int64_t panels = last_panel - first_panel;
+      const int64_t sample_size = panels * positions * width + image + 16;
+      WeightGrad<T> a = common;
+      a.wide += g * a.lanes * a.wide_lane;
+      a.narrow += g * a.channels * a.narrow_channel;
+      T* base = totals.get() + sp * own;
+      a.sum = base + g * split.panels * split.panel_elements;
+      a.sum_sq = coordinates ? a.sum + split.sums() : nullptr;
+      a.wide_sum = bias ? base + sums + g * split.panels * width : nullptr;
+      a.wide_sum_sq = bias && coordinates ? a.wide_sum + bias_size : nullptr;
+      for (T* region : {a.sum, a.sum_sq}) {
+        if (region) {
+          std::fill(region + first_panel * split.panel_elements,
+                    region + last_panel * split.panel_elements, T(0));
+        }
+      }
+      for (T* region : {a.wide_sum, a.wide_sum_sq}) {
+        if (region) std::fill(region + first_panel * width, region + last_panel * width, T(0));
+      }
+      a.norms = task_norms.data() + task * samples;
+      a.chunk = std::clamp<int64_t>(kChunkBytes / (sample_size * sizeof(T)), 1, samples);
+      Scratch<T> scratch(a.chunk * sample_size);
+      a.scratch = scratch.get();
+      weight_grad_range(a, samples * sp / split.sample_parts,
+                        samples * (sp + 1) / split.sample_parts, first_panel, last_panel);
+    }
+  });
+  const int64_t row = lanes_outer ? common.members : common.lanes;
+  parallel_for(0, groups * split.panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / split.panels, panel = i % split.panels;
+      const int64_t lanes = std::min(width, common.lanes - panel * width);
+      for (int64_t k = 0; k < (coordinates ? 2 : 1); ++k) {
+        T* sum = totals.get() + k * split.sums() + i * split.panel_elements;
+        add_parts(sum + own, own, split.sample_parts - 1, sum, split.panel_elements);
+        T* to = data<T>(k ? out.grad_sq : out.grad) +
+                (lanes_outer ? (g * common.lanes + panel * width) * row : panel * width);
+        unpack_panel(sum, common.members, width, lanes, lanes_outer, row, to);
+        if (!bias) continue;
+        T* bias_sum = totals.get() + sums + k * bias_size + i * width;
+        add_parts(bias_sum + own, own, split.sample_parts - 1, bias_sum, width);
+        std::copy(bias_sum, bias_sum + lanes,
+                  data<T>(k ? out.wide_grad_sq : out.wide_grad) + g * common.lanes + panel * width);
+      }
+    }
+  });
+  for (int64_t task = 0; task < split.tasks(); ++task) {
+    for (int64_t i = 0; i < samples; ++i) norms[i] += task_norms[task * samples + i];
+  }
+}
+
+}  // namespace adagrad_kernels

@@ -1,0 +1,99 @@
+#include "layer_ops.h"
+
+namespace adagrad_kernels {
+
+namespace {
+
+// A statistic broadcast over [b, T, C, S]: memory and the stride of b, T and C.
+struct Broadcast {
+  Tensor values;
+  int64_t stride[3];
+};
+
+Broadcast broadcast(const std::optional<Tensor>& given, double fill, const Tensor& like) {
+  if (!given) {
+    Tensor one = new_empty(like, {1});
+    return {torch::stable::fill_(one, fill), {0, 0, 0}};
+  }
+  STD_TORCH_CHECK(given->dim() == 4, "scale_weight_grad: mean and rstd have four dimensions");
+  Broadcast b = {torch::stable::to(*given, like.scalar_type()), {0, 0, 0}};
+  for (int64_t d = 0; d < 4; ++d) {
+    const int64_t size = b.values.size(d);
+    STD_TORCH_CHECK(size == 1 || (d < 3 && size == like.size(d)),
+                    "scale_weight_grad: mean and rstd must have size 1 or that of grad_out in "
+                    "dimensions 0 to 2, and size 1 in the last");
+    if (d < 3 && size > 1) b.stride[d] = b.values.stride(d);
+  }
+  return b;
+}
+
+template <class T>
+void run(const ScaleGrad<T>& a, int64_t samples, const Tensor& grad_weight, const Tensor& grad_bias,
+         const Tensor& weight_sums, const Tensor& bias_sums, const Tensor& probe) {
+  const int64_t channels = a.channels;
+  const int64_t work = samples * a.positions * channels * a.inner;
+  const int64_t parts =
+      std::clamp<int64_t>(work < 32768 ? 1 : get_num_threads(), 1, std::max<int64_t>(samples, 1));
+  Scratch<T> buffers(parts * 6 * channels);
+  std::fill(buffers.get(), buffers.get() + parts * 6 * channels, T(0));
+  std::vector<double> norms(samples, 0.0);
+  const auto wanted = [&](const Tensor& t, T* at) { return t.numel() ? at : nullptr; };
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      T* own = buffers.get() + p * 6 * channels;
+      const ScaleSums<T> sums = {wanted(grad_weight, own), wanted(grad_bias, own + channels),
+                                 wanted(weight_sums, own + 2 * channels),
+                                 wanted(bias_sums, own + 3 * channels)};
+      scale_range(a, samples * p / parts, samples * (p + 1) / parts, sums, norms.data(),
+                  own + 4 * channels);
+    }
+  });
+  const Tensor* outputs[4] = {&grad_weight, &grad_bias, &weight_sums, &bias_sums};
+  for (int64_t k = 0; k < 4; ++k) {
+    if (!outputs[k]->numel()) continue;
+    T* out = data<T>(*outputs[k]);
+    std::fill(out, out + channels, T(0));
+    add_parts(buffers.get() + k * channels, 6 * channels, parts, out, channels);
+  }
+  fill_probe<T>(probe, samples, [&](int64_t i) { return static_cast<T>(norms[i]); });
+}
+
+}  // namespace
+
+LayerGrads scale_weight_grad_cpu(const Tensor& grad_out_any, const Tensor& input_any,
+                                 const std::optional<Tensor>& mean_any,
+                                 const std::optional<Tensor>& rstd_any, int64_t capacity,
+                                 bool weight, bool bias, bool coordinates) {
+  const Tensor grad_out = torch::stable::contiguous(as_compute(grad_out_any));
+  const Tensor input =
+      torch::stable::contiguous(torch::stable::to(input_any, grad_out.scalar_type()));
+  bool fits = grad_out.dim() == 4 && input.dim() == 4;
+  for (int64_t d = 0; fits && d < 4; ++d) fits = grad_out.size(d) == input.size(d);
+  STD_TORCH_CHECK(fits, "scale_weight_grad: expected grad_out and input of one shape [b, T, C, S]");
+  const int64_t samples = grad_out.size(0), channels = grad_out.size(2);
+  const Broadcast mean = broadcast(mean_any, 0, grad_out), rstd = broadcast(rstd_any, 1, grad_out);
+  const auto output = [&](bool wanted) { return new_empty(grad_out, {wanted ? channels : 0}); };
+  const Tensor grad_weight = output(weight), grad_bias = output(bias);
+  const Tensor weight_sums = output(weight && coordinates), bias_sums = output(bias && coordinates);
+  const Tensor probe = make_probe(grad_out, capacity, samples);
+  const auto typed = [&](auto zero) {
+    using T = decltype(zero);
+    ScaleGrad<T> a;
+    a.grad_out = const_data<T>(grad_out);
+    a.input = const_data<T>(input);
+    a.mean = const_data<T>(mean.values);
+    a.rstd = const_data<T>(rstd.values);
+    a.mean_sample = mean.stride[0], a.mean_position = mean.stride[1];
+    a.mean_channel = mean.stride[2];
+    a.rstd_sample = rstd.stride[0], a.rstd_position = rstd.stride[1];
+    a.rstd_channel = rstd.stride[2];
+    a.positions = grad_out.size(1);
+    a.channels = channels;
+    a.inner = grad_out.size(3);
+    run(a, samples, grad_weight, grad_bias, weight_sums, bias_sums, probe);
+  };
+  is_double(grad_out) ? typed(0.0) : typed(0.0f);
+  return {grad_weight, grad_bias, probe, weight_sums, bias_sums};
+}
+
+}  // namespace adagrad_kernels
