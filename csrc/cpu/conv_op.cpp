@@ -111,7 +111,7 @@ LayerGrads conv_weight_grad_cpu(const Tensor& grad_out_any, const Tensor& input_
     a.step[1] = stride[1] * padded[2];
     a.step[2] = stride[2];
     std::vector<double> norms(samples, 0.0);
-    if (samples > 0) run_weight_grad(a, groups, samples, true, coordinates, out, norms);
+    run_weight_grad(a, groups, samples, true, coordinates, out, norms);
     fill_probe<T>(probe, samples, [&](int64_t i) { return static_cast<T>(norms[i]); });
   };
   is_double(grad_out) ? run(0.0) : run(0.0f);

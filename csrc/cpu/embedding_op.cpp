@@ -22,9 +22,9 @@ std::vector<int64_t> token_order(const int64_t* tokens, int64_t samples, int64_t
 
 template <class T>
 void run(EmbeddingGrad<T>& a, const Tensor& probe) {
-  constexpr int64_t kColumns = 64 / sizeof(T);  // a cache line: no two threads write to one
+  constexpr int64_t kColumns = 512 / sizeof(T);  // of the narrowest task
   const int64_t blocks = ceil_div(a.width, kColumns);
-  const int64_t parts = std::clamp<int64_t>(get_num_threads(), 1, std::max<int64_t>(blocks, 1));
+  const int64_t parts = std::clamp<int64_t>(blocks, 1, kTasks);
   std::vector<double> norms(parts * a.samples, 0.0);
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {

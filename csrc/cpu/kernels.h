@@ -41,6 +41,30 @@ template <class T>
 void bias_range(const T* grad_out, int64_t positions, int64_t out_features, int64_t first,
                 int64_t last, T* sum, T* sum_sq, double* norms, T* scratch);
 
+// outer.inl: grad [rows, columns] = grad_out' * input and, where grad_sq is not null, the same of
+// their squares; grad_out [samples, rows] and input [samples, columns], contiguous.
+//
+// outer_tiles tells how rows and columns divide. outer_pack_range packs grad_out for tiles
+// [first, last) into packed [tiles.packed * tiles.row_tiles * samples], outer_panel_range computes
+// one panel of columns for a run of tiles; scratch [kOuterChunk * tiles.width].
+constexpr int64_t kOuterChunk = 256;
+template <class T>
+struct Outer {
+  const T *grad_out, *input;
+  int64_t samples, rows, columns;
+  T *grad, *grad_sq;
+};
+struct OuterTiles {
+  int64_t packed, row_tiles, width, panels;
+};
+template <class T>
+OuterTiles outer_tiles(const Outer<T>& a);
+template <class T>
+void outer_pack_range(const Outer<T>& a, int64_t first, int64_t last, T* packed);
+template <class T>
+void outer_panel_range(const Outer<T>& a, const T* packed, int64_t panel, int64_t first,
+                       int64_t last, T* scratch);
+
 // scale.inl: samples [first, last) of grad_out and input, both contiguous [b, T, C, S]; statistics
 // by strides of b, T and C. Sums [C] are added to where they are not null, norms as well.
 // scratch [2 C].

@@ -59,4 +59,35 @@ void add_parts(const T* parts, int64_t stride, int64_t count, T* out, int64_t n)
   }
 }
 
+// The most tasks that one op is split into. The split depends on the shapes alone, not on the
+// number of threads: so do the results.
+constexpr int64_t kTasks = 16;
+
+// total[0, n) = what kernel(first, last, sums, scratch) adds to sums [n] over all samples. Runs of
+// kRun samples are summed by themselves, so that rounding errors do not grow with the batch.
+// work: elements that are read.
+template <class T, class Kernel>
+void sum_over_samples(int64_t samples, int64_t work, int64_t n, int64_t scratch, T* total,
+                      const Kernel& kernel) {
+  constexpr int64_t kRun = 64, kWork = 32768;
+  const int64_t parts = std::clamp<int64_t>(std::min(work / kWork, samples), 1, kTasks);
+  const int64_t own_size = 2 * n + scratch;
+  Scratch<T> buffers(parts * own_size);
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      T* own = buffers.get() + p * own_size;
+      T* run = own + n;
+      std::fill(own, run, T(0));
+      const int64_t last = samples * (p + 1) / parts;
+      for (int64_t first = samples * p / parts; first < last; first += kRun) {
+        std::fill(run, run + n, T(0));
+        kernel(first, std::min(first + kRun, last), run, run + n);
+        add_parts(run, 0, 1, own, n);
+      }
+    }
+  });
+  std::fill(total, total + n, T(0));
+  add_parts(buffers.get(), own_size, parts, total, n);
+}
+
 }  // namespace adagrad_kernels

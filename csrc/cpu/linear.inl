@@ -36,8 +36,8 @@ ADAGRAD_KERNELS_INLINE void bias_sums(const T* grad_out, int64_t positions, int6
     const T* rows = grad_out + i * positions * out_features;
     const T* sample = rows;
     if (positions != 1) {
-      for (int64_t j = 0; j < out_features; ++j) scratch[j] = rows[j];
-      for (int64_t t = 1; t < positions; ++t) {
+      for (int64_t j = 0; j < out_features; ++j) scratch[j] = 0;
+      for (int64_t t = 0; t < positions; ++t) {
         for (int64_t j = 0; j < out_features; ++j) scratch[j] += rows[t * out_features + j];
       }
       sample = scratch;

@@ -10,26 +10,15 @@ void bias_grad(const Tensor& grad_out, int64_t samples, int64_t positions, const
                const Tensor& sum_sq, double* norms) {
   const int64_t features = sum.size(0);
   const bool coordinates = sum_sq.numel() != 0;
-  const int64_t work = samples * positions * features;
-  const int64_t parts = work < 65536 ? 1 : std::min<int64_t>(get_num_threads(), samples);
-  Scratch<T> buffers(parts * 3 * features);
-  std::fill(buffers.get(), buffers.get() + parts * 3 * features, T(0));
-  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      T* own = buffers.get() + p * 3 * features;
-      bias_range<T>(const_data<T>(grad_out), positions, features, samples * p / parts,
-                    samples * (p + 1) / parts, own, coordinates ? own + features : nullptr, norms,
-                    own + 2 * features);
-    }
-  });
-  for (int64_t j = 0; j < features; ++j) {
-    T s = 0, q = 0;
-    for (int64_t p = 0; p < parts; ++p) {
-      s += buffers.get()[p * 3 * features + j];
-      q += buffers.get()[(p * 3 + 1) * features + j];
-    }
-    data<T>(sum)[j] = s;
-    if (coordinates) data<T>(sum_sq)[j] = q;
+  Scratch<T> total(2 * features);
+  sum_over_samples(samples, samples * positions * features, 2 * features, features, total.get(),
+                   [&](int64_t first, int64_t last, T* sums, T* scratch) {
+                     bias_range<T>(const_data<T>(grad_out), positions, features, first, last, sums,
+                                   coordinates ? sums + features : nullptr, norms, scratch);
+                   });
+  std::copy(total.get(), total.get() + features, data<T>(sum));
+  if (coordinates) {
+    std::copy(total.get() + features, total.get() + 2 * features, data<T>(sum_sq));
   }
 }
 
@@ -60,6 +49,44 @@ void linear_direct(const Tensor& grad_out, const Tensor& input, int64_t samples,
   run_weight_grad(a, 1, samples, false, out.grad_sq.numel() != 0, out, norms);
 }
 
+// Samples of one position: matrix products, of the squares as well where they are wanted.
+template <class T>
+void linear_outer(const Tensor& grad_out, const Tensor& input, int64_t samples,
+                  const Outputs& out) {
+  const bool squares = out.grad_sq.numel() != 0;
+  const Outer<T> a = {const_data<T>(grad_out),
+                      const_data<T>(input),
+                      samples,
+                      out.grad.size(0),
+                      out.grad.size(1),
+                      data<T>(out.grad),
+                      squares ? data<T>(out.grad_sq) : nullptr};
+  const OuterTiles tiles = outer_tiles(a);
+  const int64_t threads = samples * a.rows * a.columns < 65536 ? 1 : get_num_threads();
+  Scratch<T> packed(tiles.packed * tiles.row_tiles * samples);
+  const auto pack = [&](int64_t begin, int64_t end) {
+    outer_pack_range(a, begin, end, packed.get());
+  };
+  // Parts of the rows as well where there are too few panels for an even load.
+  const int64_t parts = std::clamp<int64_t>(ceil_div(4 * threads, tiles.panels), 1,
+                                            std::max<int64_t>(tiles.row_tiles / 4, 1));
+  const auto compute = [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(std::min(samples, kOuterChunk) * tiles.width);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % parts;
+      outer_panel_range(a, packed.get(), task / parts, tiles.row_tiles * part / parts,
+                        tiles.row_tiles * (part + 1) / parts, scratch.get());
+    }
+  };
+  if (threads == 1) {
+    pack(0, tiles.row_tiles);
+    compute(0, tiles.panels * parts);
+  } else {
+    parallel_for(0, tiles.row_tiles, 1, pack);
+    parallel_for(0, tiles.panels * parts, 1, compute);
+  }
+}
+
 template <class T>
 void linear_typed(const Tensor& grad_out, const Tensor& input, int64_t samples, int64_t positions,
                   bool bias, const Outputs& out, const Tensor& grad_bias, const Tensor& bias_sums,
@@ -67,11 +94,12 @@ void linear_typed(const Tensor& grad_out, const Tensor& input, int64_t samples, 
   const bool weight = out.grad.numel() != 0;
   const int64_t out_features = grad_out.size(grad_out.dim() - 1);
   if (positions == 1) {
+    if (weight) linear_outer<T>(grad_out, input, samples, out);
     // bias_grad adds no norms here: outer_norms_range counts the bias.
     if (bias) bias_grad<T>(grad_out, samples, 1, grad_bias, bias_sums, nullptr);
     const int64_t in_features = input.size(input.dim() - 1);
     T* norms = data<T>(probe);
-    parallel_for(0, samples, 1 + 65536 / (in_features + out_features),
+    parallel_for(0, samples, 65536 / (1 + in_features + out_features) + 1,
                  [&](int64_t begin, int64_t end) {
                    outer_norms_range<T>(const_data<T>(grad_out), out_features,
                                         weight ? const_data<T>(input) : nullptr, in_features, bias,
@@ -84,20 +112,6 @@ void linear_typed(const Tensor& grad_out, const Tensor& input, int64_t samples, 
   if (weight) linear_direct<T>(grad_out, input, samples, positions, out, norms);
   if (bias) bias_grad<T>(grad_out, samples, positions, grad_bias, bias_sums, norms.data());
   fill_probe<T>(probe, samples, [&](int64_t i) { return static_cast<T>(norms[i]); });
-}
-
-Tensor square(const Tensor& t) {
-  Tensor out = torch::stable::empty_like(t);
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    const T* in = const_data<T>(t);
-    T* to = data<T>(out);
-    parallel_for(0, t.numel(), 32768, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) to[i] = in[i] * in[i];
-    });
-  };
-  is_double(t) ? run(0.0) : run(0.0f);
-  return out;
 }
 
 }  // namespace
@@ -114,22 +128,21 @@ LayerGrads linear_weight_grad_cpu(const Tensor& grad_out_any, const Tensor& inpu
   const int64_t samples = input.size(0), in_features = input.size(dims - 1);
   const int64_t out_features = grad_out.size(dims - 1);
   int64_t positions = 1;
-  for (int64_t d = 1; d < dims - 1; ++d) positions *= input.size(d);
-  STD_TORCH_CHECK(grad_out.numel() == samples * positions * out_features,
-                  "linear_weight_grad: grad_out and input differ in their leading dimensions");
+  for (int64_t d = 1; d < dims - 1; ++d) {
+    STD_TORCH_CHECK(grad_out.size(d) == input.size(d),
+                    "linear_weight_grad: grad_out and input differ in dimension ", d);
+    positions *= input.size(d);
+  }
   Outputs out = {new_empty(grad_out, {0}), new_empty(grad_out, {0}), new_empty(grad_out, {0}),
                  new_empty(grad_out, {0})};
-  const bool products = positions == 1 && weight;  // T = 1: matrix products do the sums
-  if (products) {
-    const Tensor g = torch::stable::reshape(grad_out, {samples, out_features});
-    const Tensor x = torch::stable::reshape(input, {samples, in_features});
-    out.grad = torch::stable::matmul(torch::stable::transpose(g, 0, 1), x);
-    if (coordinates) {
-      out.grad_sq = torch::stable::matmul(torch::stable::transpose(square(g), 0, 1), square(x));
-    }
-  } else if (weight) {
-    out.grad = new_zeros(grad_out, {out_features, in_features});
-    if (coordinates) out.grad_sq = new_zeros(grad_out, {out_features, in_features});
+  if (weight) {
+    // Without samples nothing is written.
+    const auto make = [&] {
+      return samples * positions == 0 ? new_zeros(grad_out, {out_features, in_features})
+                                      : new_empty(grad_out, {out_features, in_features});
+    };
+    out.grad = make();
+    if (coordinates) out.grad_sq = make();
   }
   Tensor grad_bias = new_empty(grad_out, {bias ? out_features : 0});
   Tensor bias_sums = new_empty(grad_out, {bias && coordinates ? out_features : 0});

@@ -6,8 +6,8 @@
 namespace adagrad_kernels {
 
 // How weight_grad_range's work is split: every task has a run of samples and a run of panels of
-// one group. Small weights split the samples, each part with sums of its own; large ones split
-// the panels, so that no second copy of the sums is needed.
+// one group. Large weights split the panels, so that no second copy of the sums is needed; small
+// ones split the samples, each part with sums of its own.
 struct Split {
   int64_t groups, sample_parts, panel_parts, panels, panel_elements;
   int64_t tasks() const { return groups * sample_parts * panel_parts; }
@@ -16,15 +16,20 @@ struct Split {
 
 template <class T>
 Split split_work(const WeightGrad<T>& a, int64_t groups, int64_t samples) {
-  const int64_t threads = get_num_threads();
+  constexpr int64_t kWork = 1 << 20;    // multiply-adds of a task
+  constexpr int64_t kCopies = 1 << 20;  // elements of all copies of the sums
   Split s;
   s.groups = groups;
   s.panels = ceil_div(a.lanes, a.panel_width);
   s.panel_elements = a.members * a.panel_width;
-  const int64_t wanted = ceil_div(threads, groups);
+  const int64_t work = samples * a.positions() * s.sums();
+  const int64_t wanted = std::clamp<int64_t>(work / kWork, 1, ceil_div(kTasks, groups));
   const bool large = s.panels * s.panel_elements >= (1 << 17);
   s.panel_parts = large ? std::min(wanted, s.panels) : 1;
-  s.sample_parts = std::clamp<int64_t>(wanted / s.panel_parts, 1, samples);
+  // A copy of the sums is filled and added once: little against 16 positions or more.
+  const int64_t copies = std::min({wanted / s.panel_parts, samples, samples * a.positions() / 16,
+                                   kCopies / std::max<int64_t>(s.sums(), 1)});
+  s.sample_parts = std::max<int64_t>(copies, 1);
   if (!large) s.panel_parts = std::clamp<int64_t>(wanted / s.sample_parts, 1, s.panels);
   return s;
 }
@@ -33,7 +38,9 @@ Split split_work(const WeightGrad<T>& a, int64_t groups, int64_t samples) {
 template <class T>
 void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t samples, bool lanes_outer,
                      bool coordinates, const Outputs& out, std::vector<double>& norms) {
+  if (samples == 0 || common.lanes == 0) return;
   constexpr int64_t kChunkBytes = 384 << 10;  // operands of a chunk: well inside L2
+  constexpr int64_t kChunk = 64;  // samples: a chunk is summed by itself, so errors stay small
   const Split split = split_work(common, groups, samples);
   const bool bias = out.wide_grad.numel() != 0;
   const int64_t positions = common.positions();
@@ -69,7 +76,7 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
         if (region) std::fill(region + first_panel * width, region + last_panel * width, T(0));
       }
       a.norms = task_norms.data() + task * samples;
-      a.chunk = std::clamp<int64_t>(kChunkBytes / (sample_size * sizeof(T)), 1, samples);
+      a.chunk = std::clamp<int64_t>(kChunkBytes / (sample_size * sizeof(T)), 1, kChunk);
       Scratch<T> scratch(a.chunk * sample_size);
       a.scratch = scratch.get();
       weight_grad_range(a, samples * sp / split.sample_parts,

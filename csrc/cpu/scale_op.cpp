@@ -31,29 +31,22 @@ template <class T>
 void run(const ScaleGrad<T>& a, int64_t samples, const Tensor& grad_weight, const Tensor& grad_bias,
          const Tensor& weight_sums, const Tensor& bias_sums, const Tensor& probe) {
   const int64_t channels = a.channels;
-  const int64_t work = samples * a.positions * channels * a.inner;
-  const int64_t parts =
-      std::clamp<int64_t>(work < 32768 ? 1 : get_num_threads(), 1, std::max<int64_t>(samples, 1));
-  Scratch<T> buffers(parts * 6 * channels);
-  std::fill(buffers.get(), buffers.get() + parts * 6 * channels, T(0));
+  Scratch<T> total(4 * channels);
   std::vector<double> norms(samples, 0.0);
   const auto wanted = [&](const Tensor& t, T* at) { return t.numel() ? at : nullptr; };
-  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      T* own = buffers.get() + p * 6 * channels;
-      const ScaleSums<T> sums = {wanted(grad_weight, own), wanted(grad_bias, own + channels),
-                                 wanted(weight_sums, own + 2 * channels),
-                                 wanted(bias_sums, own + 3 * channels)};
-      scale_range(a, samples * p / parts, samples * (p + 1) / parts, sums, norms.data(),
-                  own + 4 * channels);
-    }
-  });
+  sum_over_samples(samples, samples * a.positions * channels * a.inner, 4 * channels, 2 * channels,
+                   total.get(), [&](int64_t first, int64_t last, T* own, T* scratch) {
+                     const ScaleSums<T> sums = {wanted(grad_weight, own),
+                                                wanted(grad_bias, own + channels),
+                                                wanted(weight_sums, own + 2 * channels),
+                                                wanted(bias_sums, own + 3 * channels)};
+                     scale_range(a, first, last, sums, norms.data(), scratch);
+                   });
   const Tensor* outputs[4] = {&grad_weight, &grad_bias, &weight_sums, &bias_sums};
   for (int64_t k = 0; k < 4; ++k) {
     if (!outputs[k]->numel()) continue;
-    T* out = data<T>(*outputs[k]);
-    std::fill(out, out + channels, T(0));
-    add_parts(buffers.get() + k * channels, 6 * channels, parts, out, channels);
+    const T* from = total.get() + k * channels;
+    std::copy(from, from + channels, data<T>(*outputs[k]));
   }
   fill_probe<T>(probe, samples, [&](int64_t i) { return static_cast<T>(norms[i]); });
 }
