@@ -65,6 +65,14 @@ template <class T>
 void outer_panel_range(const Outer<T>& a, const T* packed, int64_t panel, int64_t first,
                        int64_t last, T* scratch);
 
+// gram.inl: |sum over t of u_t v_t'|² of one sample, u [positions, nu] and v [positions, nv].
+template <class T>
+double gram_norm(const T* u, int64_t nu, const T* v, int64_t nv, int64_t positions);
+// Whether that, and the weight gradient as one product over all positions, is the cheaper way.
+constexpr bool gram_is_cheaper(int64_t nu, int64_t nv, int64_t positions) {
+  return positions <= 32 && 3 * positions * (nu + nv) < nu * nv;
+}
+
 // scale.inl: samples [first, last) of grad_out and input, both contiguous [b, T, C, S]; statistics
 // by strides of b, T and C. Sums [C] are added to where they are not null, norms as well.
 // scratch [2 C].
@@ -130,6 +138,7 @@ struct WeightGrad {
   T* wide_sum_sq;  // the same, or null
   T* scratch;      // chunk * (panels * positions * panel_width + image + 16) elements
   int64_t chunk;   // samples packed at a time
+  bool merged;     // no norms: the samples' positions are those of one sample
 };
 // Panels are one or two AVX-512 registers wide: narrow ones where the lanes would not fill two.
 template <class T>
@@ -140,6 +149,10 @@ constexpr int64_t panel_width(int64_t lanes) {
 template <class T>
 void weight_grad_range(const WeightGrad<T>& a, int64_t first, int64_t last, int64_t first_panel,
                        int64_t last_panel);
+// The norms of samples [first, last) where they are merged. scratch: positions * (panel_width +
+// panels * panel_width + members) + image elements.
+template <class T>
+void gram_norms_range(const WeightGrad<T>& a, int64_t first, int64_t last);
 // A finished panel to rows of the weight: row = lane where lanes_outer, otherwise row = member.
 template <class T>
 void unpack_panel(const T* panel, int64_t members, int64_t panel_width, int64_t lanes,

@@ -109,7 +109,19 @@ void linear_typed(const Tensor& grad_out, const Tensor& input, int64_t samples, 
     return;
   }
   std::vector<double> norms(samples, 0.0);
-  if (weight) linear_direct<T>(grad_out, input, samples, positions, out, norms);
+  const int64_t in_features = input.size(input.dim() - 1);
+  if (weight && !out.grad_sq.numel() && gram_is_cheaper(out_features, in_features, positions)) {
+    linear_outer<T>(grad_out, input, samples * positions, out);
+    parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        norms[i] =
+            gram_norm(const_data<T>(grad_out) + i * positions * out_features, out_features,
+                      const_data<T>(input) + i * positions * in_features, in_features, positions);
+      }
+    });
+  } else if (weight) {
+    linear_direct<T>(grad_out, input, samples, positions, out, norms);
+  }
   if (bias) bias_grad<T>(grad_out, samples, positions, grad_bias, bias_sums, norms.data());
   fill_probe<T>(probe, samples, [&](int64_t i) { return static_cast<T>(norms[i]); });
 }

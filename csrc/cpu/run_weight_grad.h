@@ -48,6 +48,8 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
   const int64_t width = common.panel_width, bias_size = groups * split.panels * width;
   const int64_t sums = split.sums() * (coordinates ? 2 : 1);
   const int64_t own = sums + bias_size * 2;  // weight sums, their squares, bias sums, squares
+  // Few positions: norms by products of positions, the gradient as one product of all samples.
+  const bool merged = !coordinates && gram_is_cheaper(common.lanes, common.members, positions);
   Scratch<T> totals(split.sample_parts * own);
   std::vector<double> task_norms(split.tasks() * samples, 0.0);
   parallel_for(0, split.tasks(), 1, [&](int64_t begin, int64_t end) {
@@ -79,6 +81,7 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
       a.chunk = std::clamp<int64_t>(kChunkBytes / (sample_size * sizeof(T)), 1, kChunk);
       Scratch<T> scratch(a.chunk * sample_size);
       a.scratch = scratch.get();
+      a.merged = merged;
       weight_grad_range(a, samples * sp / split.sample_parts,
                         samples * (sp + 1) / split.sample_parts, first_panel, last_panel);
     }
@@ -102,6 +105,19 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
       }
     }
   });
+  if (merged) {
+    parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
+      WeightGrad<T> a = common;
+      a.norms = norms.data();
+      Scratch<T> scratch(positions * ((split.panels + 1) * width + a.members) + image);
+      a.scratch = scratch.get();
+      for (int64_t g = 0; g < groups; ++g) {
+        a.wide = common.wide + g * a.lanes * a.wide_lane;
+        a.narrow = common.narrow + g * a.channels * a.narrow_channel;
+        gram_norms_range(a, begin, end);
+      }
+    });
+  }
   for (int64_t task = 0; task < split.tasks(); ++task) {
     for (int64_t i = 0; i < samples; ++i) norms[i] += task_norms[task * samples + i];
   }

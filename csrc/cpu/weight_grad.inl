@@ -8,7 +8,7 @@
 // registers or L1 and go to memory once a chunk. A tile of MR members by NV vectors loads
 // MR + NV operands for MR * NV multiply-adds.
 
-#include "vector.inl"
+#include "gram_sample.inl"
 
 // Registers for one sample's tile: 24 of 32 (AVX-512) or 12 of 16.
 constexpr int kTileVectors = kVectorBytes == 64 ? 24 : 12;
@@ -22,17 +22,21 @@ struct Chunk {
   int64_t samples;
 };
 
-template <class T, int MR, int NV>
+template <class T, int MR, int NV, bool NORMS>
 __attribute__((noinline)) void tile(const WeightGrad<T>& a, const Chunk<T>& chunk,
                                     const T* wide_panel, const int64_t* base, T* sum, T* sum_sq,
                                     T* norms) {
   constexpr int kWidth = NV * kLanes<T>;
-  Vector<T> total[MR][NV] = {}, squares[MR][NV] = {};
+  Vector<T> total[MR][NV] = {}, squares[MR][NV] = {}, acc[MR][NV] = {};
   for (int64_t s = 0; s < chunk.samples; ++s) {
     const T* wide = wide_panel + s * chunk.wide_stride;
     const T* narrow[MR];
     for (int m = 0; m < MR; ++m) narrow[m] = chunk.narrow + s * chunk.narrow_stride + base[m];
-    Vector<T> acc[MR][NV] = {};
+    if constexpr (NORMS) {
+      for (int m = 0; m < MR; ++m) {
+        for (int v = 0; v < NV; ++v) acc[m][v] = Vector<T>{};
+      }
+    }
     const int64_t lines = a.count[0] * a.count[1];
     for (int64_t line = 0; line < lines; ++line) {
       int64_t position = line / a.count[1] * a.step[0] + line % a.count[1] * a.step[1];
@@ -50,6 +54,7 @@ __attribute__((noinline)) void tile(const WeightGrad<T>& a, const Chunk<T>& chun
         position += a.step[2];
       }
     }
+    if constexpr (!NORMS) continue;
     Vector<T> norm[4] = {};
 #pragma GCC unroll 24
     for (int m = 0; m < MR; ++m) {
@@ -67,7 +72,7 @@ __attribute__((noinline)) void tile(const WeightGrad<T>& a, const Chunk<T>& chun
   for (int m = 0; m < MR; ++m) {
     for (int v = 0; v < NV; ++v) {
       T* out = sum + m * kWidth + v * kLanes<T>;
-      store(out, load(out) + total[m][v]);
+      store(out, load(out) + (NORMS ? total[m][v] : acc[m][v]));
       if (!sum_sq) continue;
       out = sum_sq + m * kWidth + v * kLanes<T>;
       store(out, load(out) + squares[m][v]);
@@ -85,7 +90,11 @@ ADAGRAD_KERNELS_INLINE void tile_of(int64_t members, const WeightGrad<T>& a, con
       return tile_of<T, MR - 1, NV>(members, a, chunk, wide_panel, base, sum, sum_sq, norms);
     }
   }
-  tile<T, MR, NV>(a, chunk, wide_panel, base, sum, sum_sq, norms);
+  if (a.merged) {
+    tile<T, MR, NV, false>(a, chunk, wide_panel, base, sum, sum_sq, norms);
+  } else {
+    tile<T, MR, NV, true>(a, chunk, wide_panel, base, sum, sum_sq, norms);
+  }
 }
 
 // [lanes][t] with t contiguous to [t][width]: 4x4 blocks for float, element by element otherwise.
@@ -249,6 +258,34 @@ ADAGRAD_KERNELS_INLINE void range(const WeightGrad<T>& a, int64_t first, int64_t
   }
 }
 
+// Squared norms of samples [first, last) by products of positions (gram_sample.inl), instead of
+// those that the tiles find. Rows u: the lanes of a position; rows v: its members.
+template <class T>
+ADAGRAD_KERNELS_INLINE void gram_range(const WeightGrad<T>& a, int64_t first, int64_t last) {
+  const int64_t positions = a.positions(), width = a.panel_width;
+  const int64_t panels = (a.lanes + width - 1) / width, lanes = panels * width;
+  T* packed = a.scratch;
+  T* image = packed + positions * width;
+  T* u = image + a.image();
+  T* v = u + positions * lanes;
+  for (int64_t s = first; s < last; ++s) {
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      pack_wide(a, s, panel, packed);
+      for (int64_t t = 0; t < positions; ++t) {
+        __builtin_memcpy(u + t * lanes + panel * width, packed + t * width, sizeof(T) * width);
+      }
+    }
+    pack_narrow(a, s, image);
+    for (int64_t t = 0; t < positions; ++t) {
+      const int64_t line = t / a.count[2];
+      const T* at = image + line / a.count[1] * a.step[0] + line % a.count[1] * a.step[1] +
+                    t % a.count[2] * a.step[2];
+      for (int64_t m = 0; m < a.members; ++m) v[t * a.members + m] = at[a.base[m]];
+    }
+    a.norms[s] += gram_sample(u, lanes, v, a.members, positions);
+  }
+}
+
 // A finished panel [members][panel_width] to rows of the weight: row = lane (convolution,
 // transposed) or row = member (linear).
 template <class T>
@@ -267,6 +304,9 @@ ADAGRAD_KERNELS_INLINE void unpack(const T* panel, int64_t members, int64_t pane
   void weight_grad_range(const WeightGrad<T>& a, int64_t first, int64_t last, int64_t first_panel, \
                          int64_t last_panel) {                                                     \
     range<T>(a, first, last, first_panel, last_panel);                                             \
+  }                                                                                                \
+  void gram_norms_range(const WeightGrad<T>& a, int64_t first, int64_t last) {                     \
+    gram_range<T>(a, first, last);                                                                 \
   }                                                                                                \
   void unpack_panel(const T* panel, int64_t members, int64_t panel_width, int64_t lanes,           \
                     bool lanes_outer, int64_t out_stride, T* out) {                                \
