@@ -14,6 +14,7 @@ from .attachment import attach
 from .coverage import Coverage, CoverageRecord
 from .functional import Call
 from .layers import ObservedLayer
+from .selfcheck import unexplained
 from .shared import ObservedCall, cross_terms, repeated_uses
 from .statistics import GradientStatistics
 
@@ -87,6 +88,11 @@ class Observer:
         self._coordinate_probes: dict[nn.Parameter, Tensor] = {}
         self._calling: Counter[int] = Counter()
         self._calls: list[ObservedCall] = []
+        self._unexplained = not torch.distributed.is_available() or (
+            not torch.distributed.is_initialized()  # ranks average their gradients
+        )
+        self._had_grads = False
+        self._task = -1  # the backward pass that _calls belong to
         self._forget()
         for layer in self._layers:
             layer.coordinate_probes()
@@ -165,10 +171,16 @@ class Observer:
         """Told by each eager layer call in the forward pass."""
         if torch._C._current_graph_task_id() == -1:  # a checkpoint's second forward is no new call
             self._calling[call.key] += 1
+            if self._unexplained:
+                self._had_grads |= any(p.grad is not None for p in self._names)
 
     def called(self, layer: ObservedLayer, call: Call, saved: tuple[Tensor, ...]) -> None:
         """Told by each eager layer call's backward pass."""
-        needed = self.inner_products or layer in self._tied or self._calling[call.key] > 1
+        task = torch._C._current_graph_task_id()
+        if task != self._task:  # what is left is of a pass without the probe: autograd.grad's
+            self._task, self._calls = task, []
+        needed = self.inner_products or self._unexplained
+        needed = needed or layer in self._tied or self._calling[call.key] > 1
         self._calls.append(ObservedCall(layer, call, saved[0].shape[0], saved if needed else ()))
 
     def _collect(self, probe: Tensor) -> None:
@@ -179,7 +191,7 @@ class Observer:
         if calls:
             rows = calls[0].samples
             names = {call.layer.observed_name for call in calls}
-            if self._micro_batches and not names & self._last_seen:
+            if self._last_seen and not names & self._last_seen:
                 self._faults.append(_disjoint(self._last_seen, names))
             if any(call.samples != rows for call in calls):
                 self._faults.append(_disagreement(calls))
@@ -189,10 +201,24 @@ class Observer:
             self._seen |= names
             self._last_seen = names
             self._last_calls = calls if self.inner_products else []
+            if self._unexplained:
+                self._unexplained = False
+                if not self._had_grads and not self._faults:
+                    self._explain_when_complete(calls, probe.grad[0].sum())
             self._calls = []
             self._calling.clear()
         self._micro_batches.append((probe.grad, rows))
         probe.grad = None
+
+    def _explain_when_complete(self, calls: list[ObservedCall], sum_norms_sq: Tensor) -> None:
+        """Has the first backward pass checked at its end, when all gradients are complete."""
+
+        def explain() -> None:
+            fault = unexplained(calls, self._names, sum_norms_sq)
+            if fault:
+                self._faults.append(fault)
+
+        torch.autograd.Variable._execution_engine.queue_callback(explain)
 
     def _add_cross_terms(self, grad: Tensor, calls: list[ObservedCall], rows: int) -> None:
         for parameter, uses in repeated_uses(calls).items():
@@ -222,14 +248,22 @@ class Observer:
         return [cast(int, n) for _, n in self._micro_batches]
 
     def check(self) -> None:
-        """Raises what is known to be wrong with the measurements so far, without any transfer.
+        """Raises what is known to be wrong with the measurements so far.
+
+        One transfer from the device if the model is compiled or something seems to be missing,
+        otherwise none.
 
         Raises:
             RuntimeError: layers that disagree about the number of samples; backward passes that
-                do not belong to one model.
+                do not belong to one model; a parameter with a gradient but without statistics.
         """
         if self._faults:
             raise RuntimeError(self._faults[0])
+        with_grad = self._layers_with_grad()
+        if self._micro_batches and not with_grad.keys() <= self._measured_layers():
+            probes = [probe for probe, _ in self._micro_batches]
+            _, least, most, outside = ops.pool_samples(probes, self.rows())[1].tolist()
+            self._check_calls(with_grad, least, most, outside)
 
     def reset(self) -> None:
         """Forgets what was measured, for the next step. Gradients are not touched."""
@@ -271,7 +305,7 @@ class Observer:
         norms, totals = ops.pool_samples(probes, rows)
         numbers = torch.cat([totals, grad_norm_sq.view(1)])
         sum_sq, least, most, outside, mean_norm_sq = numbers.tolist()
-        self._check_calls(grads, least, most, outside)
+        self._check_calls(self._layers_with_grad(), least, most, outside)
         n = sum(rows)
         mean, variance = self._by_coordinate(grads, n, gradient_scale)
         return GradientStatistics(
@@ -285,18 +319,24 @@ class Observer:
             inner_products=self._inner_products(grads, n, gradient_scale),
         )
 
-    def _check_calls(
-        self, grads: dict[nn.Parameter, Tensor], least: float, most: float, outside: float
-    ) -> None:
-        """That every parameter with a gradient was measured, each layer once a sample."""
-        with_grad = {
+    def _layers_with_grad(self) -> dict[str, nn.Parameter]:
+        """By the layer's name one of its parameters, where any has a gradient."""
+        return {
             layer.observed_name: p
             for layer in self._layers
             for p in layer.trainable().values()
-            if p in grads
+            if p.grad is not None
         }
-        tied = {layer.observed_name for layer in self._tied}
-        missing = [name for name in with_grad if name not in self._seen | tied]
+
+    def _measured_layers(self) -> set[str]:
+        return self._seen | {layer.observed_name for layer in self._tied}
+
+    def _check_calls(
+        self, with_grad: dict[str, nn.Parameter], least: float, most: float, outside: float
+    ) -> None:
+        """That every parameter with a gradient was measured, each layer once a sample."""
+        measured = self._measured_layers()
+        missing = [name for name in with_grad if name not in measured]
         compiled_calls = most - self._eager_calls
         if len(missing) > compiled_calls:
             names = ", ".join(repr(self._names[with_grad[name]]) for name in missing)
@@ -327,13 +367,13 @@ class Observer:
             probe = self._coordinate_probes.get(p)
             if probe is None or probe.grad is None:
                 continue
-            mean = grad.to(probe.dtype)
-            mean = mean if gradient_scale == 1 else mean * gradient_scale
-            sums = probe.grad
+            mean, sums = grad.to(probe.dtype), probe.grad
             if p in self._cross_sums:
                 sums = sums + self._cross_sums[p]
-            total = sums * (n * gradient_scale) ** 2 - n * mean * mean
-            variance = total.clamp_(min=0).div_(n - 1) if n > 1 else total.fill_(float("nan"))
+            # (Σ g_ij² − N ḡ_j²)/(N − 1), with g_i = N·scale·c_i, ḡ = scale·grad
+            unit = n * gradient_scale**2 / (n - 1) if n > 1 else float("nan")
+            variance = (sums * (n * unit)).addcmul_(mean, mean, value=-unit).clamp_(min=0)
+            mean = mean if gradient_scale == 1 else mean * gradient_scale
             means[self._names[p]], variances[self._names[p]] = mean, variance
         return means, variances
 
@@ -383,5 +423,8 @@ def _some(names: set[str]) -> str:
 
 def _norm_sq(tensors: list[Tensor]) -> Tensor:
     """Σ‖t‖² in float64, of at least one tensor."""
+    if all(type(t) is Tensor for t in tensors):
+        return ops.grad_norm_sq(tensors)
+    # subclasses such as DTensor, which kernels cannot read
     norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
     return torch.stack(norms).square().sum()

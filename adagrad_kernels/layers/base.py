@@ -124,7 +124,7 @@ class ObservedLayer:
         plain = self.plain_class.__new__(self.plain_class)
         state = {k: v for k, v in self.__dict__.items() if k not in _OWN_ATTRIBUTES}
         plain.__dict__.update(state)
-        return plain.__reduce_ex__(protocol)
+        return plain.__reduce_ex__(1)  # later ones insist on the object's own class
 
 
 _OWN_ATTRIBUTES = (

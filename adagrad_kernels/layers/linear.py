@@ -30,7 +30,9 @@ class ObservedLinear(ObservedLayer, nn.Linear):
 
 
 def linear_response(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias where either may be missing."""
+    """x Wᵀ + bias where either, or both, may be missing."""
+    if weight is None and bias is None:
+        return x.new_zeros(1)
     if weight is None:
         assert bias is not None
         return bias.expand(*x.shape[:-1], bias.shape[0])
