@@ -21,14 +21,18 @@ _View = Callable[[Tensor], Tensor]
 
 
 def _affine_grads(
-    ctx: Any, grad_out: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor | None
+    ctx: Any,
+    affine: list[Tensor],
+    grad_out: Tensor,
+    x: Tensor,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (weight, bias, probe, weight_probe, bias_probe); all tensors four-dimensional.
+    """Gradients of (weight, bias, probe, weight_probe, bias_probe), arguments 1 to 5 of a forward.
 
-    Each context keeps (weight, bias, probe) as its last saved tensors, and these are the
-    arguments 1 to 5 of each forward.
+    `affine` is (weight, bias, probe); the other tensors are four-dimensional.
     """
-    weight, bias, probe = ctx.saved_tensors[-3:]
+    weight, bias, probe = affine
     need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[1:6]
     statistics = [t.expand(len(x), *t.shape[1:]) for t in (mean, rstd) if t is not None]
     tell(ctx.call, x, *statistics, grad_out)
@@ -55,7 +59,8 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         refuse_double_backward()
-        x, mean, rstd, weight, bias, _ = ctx.saved_tensors
+        x, mean, rstd, *affine = ctx.saved_tensors
+        weight, bias, _ = affine
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _aten.native_layer_norm_backward.default(
@@ -66,7 +71,12 @@ class _LayerNorm(torch.autograd.Function):
         view = (samples, positions, channels, 1)
         one = (samples, positions, 1, 1)
         grads = _affine_grads(
-            ctx, grad_out.reshape(view), x.reshape(view), mean.reshape(one), rstd.reshape(one)
+            ctx,
+            affine,
+            grad_out.reshape(view),
+            x.reshape(view),
+            mean.reshape(one),
+            rstd.reshape(one),
         )
         return grad_x, *grads, None, None, None
 
@@ -85,7 +95,8 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         refuse_double_backward()
-        x, mean, rstd, weight, _, _ = ctx.saved_tensors
+        x, mean, rstd, *affine = ctx.saved_tensors
+        weight = affine[0]
         b, channels = x.shape[:2]
         inner = x.shape[2:].numel()
         grad_out = grad_out.contiguous()
@@ -99,7 +110,11 @@ class _GroupNorm(torch.autograd.Function):
         each = channels // ctx.groups
         by_channel = [s.reshape(b, ctx.groups, 1).expand(b, ctx.groups, each) for s in (mean, rstd)]
         grads = _affine_grads(
-            ctx, grad_out.reshape(view), x.reshape(view), *(s.reshape(one) for s in by_channel)
+            ctx,
+            affine,
+            grad_out.reshape(view),
+            x.reshape(view),
+            *(s.reshape(one) for s in by_channel),
         )
         return grad_x, *grads, None, None, None
 
@@ -122,7 +137,8 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         refuse_double_backward()
-        x, mean, rstd, running_mean, running_var, weight, _, _ = ctx.saved_tensors
+        x, mean, rstd, running_mean, running_var, *affine = ctx.saved_tensors
+        weight = affine[0]
         grad_x = None
         if ctx.needs_input_grad[0]:
             if ctx.training:
@@ -136,7 +152,12 @@ class _BatchNorm(torch.autograd.Function):
         view = (x.shape[0], 1, x.shape[1], x.shape[2:].numel())
         one = (1, 1, x.shape[1], 1)
         grads = _affine_grads(
-            ctx, grad_out.reshape(view), x.reshape(view), mean.reshape(one), rstd.reshape(one)
+            ctx,
+            affine,
+            grad_out.reshape(view),
+            x.reshape(view),
+            mean.reshape(one),
+            rstd.reshape(one),
         )
         return grad_x, *grads, *(None,) * 6
 
@@ -153,7 +174,8 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         refuse_double_backward()
-        x, weight, _, _ = ctx.saved_tensors
+        x, *affine = ctx.saved_tensors
+        weight = affine[0]
         grad_x = grad_out * weight.reshape(ctx.shape) if ctx.needs_input_grad[0] else None
         channels = weight.numel()
         positions = x.shape[1 : ctx.axis].numel() if channels > 1 else 1
@@ -163,7 +185,7 @@ class _Scale(torch.autograd.Function):
             channels,
             x.shape[1:].numel() // max(1, positions * channels),
         )
-        grads = _affine_grads(ctx, grad_out.reshape(view), x.reshape(view), None, None)
+        grads = _affine_grads(ctx, affine, grad_out.reshape(view), x.reshape(view))
         return grad_x, *grads, None, None
 
 

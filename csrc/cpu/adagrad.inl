@@ -1,8 +1,9 @@
 // AdaGrad's update and the reductions of the tests, in one pass over memory.
 //
-// Blocks of kBlock elements: the update runs first and brings the block into L1, then the
-// reductions read it from there. Traffic: param, grad, sum read, param and sum written, 20 bytes
-// an element (24 with coordinate sums), the same as an update without reductions.
+// Blocks of kBlock elements: the norm is summed during the update; with coordinate sums the update
+// runs first and brings the block into L1, then the reductions read it from there. Traffic: param,
+// grad, sum read, param and sum written, 20 bytes an element (24 with coordinate sums), the same as
+// an update without reductions.
 
 #include "../common/adagrad_math.inl"
 #include "vector.inl"
@@ -63,12 +64,22 @@ ADAGRAD_KERNELS_INLINE AdagradReductions update(T* __restrict__ param, const T* 
     T* p = param + first;
     T* v = sum + first;
     const T* d = grad + first;
-    for (int64_t j = 0; j < size; ++j) {
-      const T g = scale * d[j] + decay * p[j];
-      denominators[j] = adagrad_element(p[j], v[j], g, lr, eps);
+    if (coordinate_sums) {
+      for (int64_t j = 0; j < size; ++j) {
+        const T g = scale * d[j] + decay * p[j];
+        denominators[j] = adagrad_element(p[j], v[j], g, lr, eps);
+      }
+      reduce_block<T>(d, coordinate_sums + first, denominators, size, o, &out);
+      continue;
     }
-    reduce_block<T>(d, coordinate_sums ? coordinate_sums + first : nullptr, denominators, size, o,
-                    &out);
+    T norm = 0;
+#pragma omp simd reduction(+ : norm)
+    for (int64_t j = 0; j < size; ++j) {
+      const T g = scale * d[j];
+      norm += g * g;
+      adagrad_element(p[j], v[j], g + decay * p[j], lr, eps);
+    }
+    out.grad_norm_sq += norm;
   }
   return out;
 }

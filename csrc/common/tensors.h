@@ -1,0 +1,85 @@
+// Helpers of the ops on torch's stable ABI, the same for every device.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace adagrad_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
+
+inline bool is_low_precision(const Tensor& t) {
+  return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
+}
+
+// float64 for float64, float32 for everything lower.
+inline ScalarType compute_type(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  if (type == ScalarType::Float || type == ScalarType::Double) return type;
+  STD_TORCH_CHECK(is_low_precision(t), "adagrad_kernels: expected a floating point tensor");
+  return ScalarType::Float;
+}
+
+// float32 or float64 as it is, bfloat16 and float16 as a float32 copy.
+inline Tensor as_compute(const Tensor& t) {
+  const ScalarType type = compute_type(t);
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+template <class T>
+const T* const_data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether an element has the same offset in both; the shapes must be the same.
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  const auto x = a.strides(), y = b.strides();
+  if (x.size() != y.size()) return false;
+  for (size_t d = 0; d < x.size(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+    if (a.size(d) > 1 && x[d] != y[d]) return false;
+  }
+  return true;
+}
+
+// Whether the elements fill a run of memory without gaps or overlaps, in any order of dimensions.
+inline bool dense(const Tensor& t) {
+  const int64_t numel = t.numel();
+  int64_t run = 1;  // elements covered by the dimensions found so far, the fastest first
+  for (bool grows = true; grows && run < numel;) {
+    grows = false;
+    for (int64_t d = 0; d < t.dim(); ++d) {
+      if (t.size(d) == 1 || t.stride(d) != run) continue;
+      run *= t.size(d);
+      grows = true;
+    }
+  }
+  return run == numel || numel == 0;
+}
+
+// t laid out as the model, copied only if it is not; of the given type.
+inline Tensor laid_out_as(const Tensor& t, const Tensor& model, ScalarType type, const char* what,
+                          size_t index) {
+  bool shapes = t.dim() == model.dim();
+  for (int64_t d = 0; shapes && d < t.dim(); ++d) shapes = t.size(d) == model.size(d);
+  STD_TORCH_CHECK(shapes, "adagrad: the shape of ", what, " ", index,
+                  " is not that of its parameter");
+  const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
+  if (same_layout(converted, model)) return converted;
+  Tensor copy = torch::stable::empty_like(
+      model.scalar_type() == type ? model : torch::stable::to(model, type));
+  torch::stable::copy_(copy, converted);
+  return copy;
+}
+
+}  // namespace adagrad_kernels

@@ -1,0 +1,163 @@
+"""One small model for every supported layer and for the ways in which layers are put together."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Case(NamedTuple):
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]  # of an input; integers below 11 where tokens is set
+    tokens: bool = False
+    fallback: str = "error"
+    compiles: bool = True
+
+    def input(self, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+        if self.tokens:
+            return torch.randint(11, self.shape, device=device)
+        return torch.randn(self.shape, device=device, dtype=dtype)
+
+
+class Language(nn.Module):
+    """Embedding, normalisation, head; the head tied to the embedding or not."""
+
+    def __init__(self, tied: bool = False, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6, padding_idx=padding_idx)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 11, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.embedding(tokens)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a linear layer's output with itself, or with functions of it."""
+
+    def __init__(self, cross: bool = False, need_weights: bool = True, **options) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 8)
+        self.attention = nn.MultiheadAttention(8, 2, **options)
+        self.cross, self.need_weights = cross, need_weights
+        self.widths = options.get("kdim", 8), options.get("vdim", 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        batch_first = self.attention.batch_first
+        y = y if batch_first else y.transpose(0, 1)
+        key, value = (y.sin(), y.cos()) if self.cross else (y, y)
+        if self.widths != (8, 8):
+            key, value = key[..., : self.widths[0]], value[..., : self.widths[1]]
+        mask = torch.ones(y.shape[-2 if batch_first else 0], dtype=torch.bool, device=x.device)
+        mask = torch.diag(mask).logical_not().roll(1, 0)
+        y = self.attention(y, key, value, attn_mask=mask, need_weights=self.need_weights)[0]
+        return y if batch_first else y.transpose(0, 1)
+
+
+class Twice(nn.Module):
+    """A layer that is called on its own output."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x).tanh())
+
+
+class Custom(nn.Module):
+    """A parameter of its own, and a layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.inner = nn.Parameter(torch.randn(4, 3)), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x @ self.matrix).sigmoid()
+
+
+def between(layer: nn.Module, width: int = 6) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, width), layer, nn.Linear(width, 2))
+
+
+def between_convolutions(layer: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Conv2d(4, 2, 1))
+
+
+def convolutions(dims: int, **options) -> nn.Sequential:
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    return nn.Sequential(
+        kind(4, 6, 3, stride=2, groups=2, **options), nn.Tanh(), kind(6, 3, 2, bias=False)
+    )
+
+
+def transposed(dims: int) -> nn.Sequential:
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    first = kind(4, 6, 3, padding=1, stride=2, groups=2, output_padding=1)
+    return nn.Sequential(first, nn.Tanh(), kind(6, 3, 2, dilation=2, bias=False))
+
+
+def separable() -> nn.Sequential:
+    """Depthwise and pointwise convolution."""
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding="same", groups=4), nn.ReLU6(), nn.Conv2d(8, 4, 1), nn.SiLU()
+    )
+
+
+def encoder() -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+CASES = {
+    "linear": Case(lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), (6, 5)),
+    "linear-positions": Case(lambda: between(nn.Tanh()), (6, 4, 2, 5)),
+    "linear-few-positions": Case(lambda: nn.Linear(48, 64), (6, 4, 48)),
+    "conv1d": Case(lambda: convolutions(1, padding=1), (4, 4, 8)),
+    "conv2d": Case(lambda: convolutions(2, padding=(1, 0), dilation=(1, 2)), (4, 4, 8, 9)),
+    "conv2d-few-positions": Case(lambda: nn.Conv2d(40, 48, 3, padding=1), (4, 40, 2, 2)),
+    "conv2d-circular": Case(
+        lambda: convolutions(2, padding=1, padding_mode="circular"), (4, 4, 6, 6)
+    ),
+    "conv3d": Case(lambda: convolutions(3, padding=1), (4, 4, 4, 5, 6)),
+    "separable": Case(separable, (4, 4, 6, 6)),
+    "transposed1d": Case(lambda: transposed(1), (4, 4, 3)),
+    "transposed2d": Case(lambda: transposed(2), (4, 4, 3, 3)),
+    "transposed3d": Case(lambda: transposed(3), (4, 4, 2, 3, 2)),
+    "embedding": Case(Language, (6, 9), tokens=True),
+    "embedding-padding": Case(lambda: Language(padding_idx=3), (6, 9), tokens=True),
+    "layer-norm": Case(lambda: between(nn.LayerNorm(6)), (6, 4, 5)),
+    "layer-norm-two": Case(lambda: between(nn.LayerNorm((4, 6), bias=False)), (6, 4, 5)),
+    "rms-norm": Case(lambda: between(nn.RMSNorm(6)), (6, 4, 5)),
+    "group-norm": Case(lambda: between_convolutions(nn.GroupNorm(2, 4)), (6, 3, 5, 5)),
+    "instance-norm": Case(
+        lambda: between_convolutions(nn.InstanceNorm2d(4, affine=True)), (6, 3, 5, 5)
+    ),
+    "batch-norm-eval": Case(lambda: between_convolutions(nn.BatchNorm2d(4).eval()), (6, 3, 5, 5)),
+    "batch-norm-eval-flat": Case(lambda: between(nn.BatchNorm1d(6).eval()), (6, 5)),
+    "prelu": Case(lambda: between(nn.PReLU()), (6, 4, 5)),
+    "prelu-channels": Case(lambda: between_convolutions(nn.PReLU(4)), (6, 3, 5, 5)),
+    "attention": Case(lambda: Attention(batch_first=True), (4, 5, 4)),
+    "attention-sequence-first": Case(lambda: Attention(cross=True, bias=False), (4, 5, 4)),
+    "attention-widths": Case(
+        lambda: Attention(cross=True, need_weights=False, kdim=3, vdim=5, batch_first=True),
+        (4, 5, 4),
+    ),
+    "attention-zero": Case(
+        lambda: Attention(need_weights=False, add_zero_attn=True, batch_first=True), (4, 5, 4)
+    ),
+    "encoder": Case(encoder, (4, 5, 8)),
+    "tied": Case(lambda: Language(tied=True), (6, 9), tokens=True, compiles=False),
+    "tied-padding": Case(
+        lambda: Language(tied=True, padding_idx=3), (6, 9), tokens=True, compiles=False
+    ),
+    "twice": Case(lambda: Twice(nn.Linear(5, 5)), (6, 5), compiles=False),
+    "twice-positions": Case(lambda: Twice(nn.Linear(5, 5)), (6, 3, 5), compiles=False),
+    "twice-conv": Case(lambda: Twice(nn.Conv2d(3, 3, 3, padding=1)), (6, 3, 5, 5), compiles=False),
+    "twice-norm": Case(lambda: Twice(nn.LayerNorm(5)), (6, 3, 5), compiles=False),
+    "vmap": Case(lambda: between(Custom(), 4)[:2], (6, 5), fallback="vmap", compiles=False),
+    "vmap-whole": Case(Custom, (6, 4), fallback="vmap", compiles=False),
+}

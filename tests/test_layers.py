@@ -1,0 +1,222 @@
+"""Every layer × every statistic against float64 per-sample autograd, in every way of running."""
+
+import pytest
+import torch
+from layer_cases import CASES, Case, between_convolutions
+from per_sample import per_sample
+from tolerance import assert_close_to_truth
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import adagrad_kernels as ak
+
+every_layer = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def loss(y: Tensor) -> Tensor:
+    return y.sin().flatten(1).sum(1).mean()
+
+
+def assert_exact(s: ak.GradientStatistics, case: Case, model: nn.Module, x: Tensor, m: int) -> None:
+    """All statistics equal those of the per-sample gradients; inner products of the last m."""
+    truth = per_sample(model, loss, x)
+    assert s.batch_size == len(x)
+    assert_close(s.sample_norms_sq, truth.norms_sq)
+    assert_close(s.grad_norm_sq.to(x.device), truth.mean_norm_sq)
+    assert_close(s.variance_trace.to(x.device), truth.variance_trace)
+    if s.coordinate_variance is not None:
+        assert_close(s.coordinate_variance, truth.by_parameter(truth.coordinate_variance))
+        assert_close(s.coordinate_mean, truth.by_parameter(truth.mean))
+    if s.inner_products is not None:
+        assert_close(s.inner_products, truth.inner_products[-m:])
+
+
+@every_layer
+@pytest.mark.parametrize("coordinates", [False, True], ids=["norms", "coordinates"])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_one_batch_and_micro_batches(device: torch.device, case: Case, coordinates: bool) -> None:
+    model, x = case.make().to(device).double(), case.input(device)
+    observer = ak.observe(
+        model, coordinates=coordinates, inner_products=True, fallback=case.fallback
+    )
+    for parts in (1, 2):
+        model.zero_grad()
+        observer.reset()
+        for part in x.chunk(parts):
+            loss(model(part)).backward()
+        s = observer.statistics(gradient_scale=1 / parts)
+        assert_exact(s, case, model, x, len(x) // parts)
+    observer.detach()
+    assert not any(isinstance(m, ak.layers.ObservedLayer) for m in model.modules())
+
+
+@every_layer
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_checkpointing(device: torch.device, case: Case) -> None:
+    model, x = case.make().to(device).double(), case.input(device)
+    observer = ak.observe(model, coordinates=True, fallback=case.fallback)
+    loss(checkpoint(model, x, use_reentrant=False)).backward()
+    assert_exact(observer.statistics(), case, model, x, len(x))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES.values() if case.compiles],
+    ids=[name for name, case in CASES.items() if case.compiles],
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.filterwarnings("ignore:<class .*Function'> should not be inst:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled(device: torch.device, case: Case) -> None:
+    model, x = case.make().to(device).double(), case.input(device)
+    observer = ak.observe(model, coordinates=True)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss(compiled(x)).backward()
+    assert_exact(observer.statistics(), case, model, x, len(x))
+
+
+@every_layer
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_bfloat16_autocast(device: torch.device, case: Case) -> None:
+    model = case.make().to(device)
+    x = case.input(device, torch.float32)
+    observer = ak.observe(model, fallback=case.fallback)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = model(x)
+        loss(y.float()).backward()
+    s = observer.statistics()
+    truth = per_sample(model, loss, x)
+    observer.detach()
+    plain = per_sample(model.bfloat16(), loss, x, dtype=torch.bfloat16)
+    assert_close_to_truth(
+        s.sample_norms_sq.bfloat16(),
+        truth.norms_sq,
+        plain.norms_sq,
+        scale=truth.norms_sq.max() * 4,
+    )
+
+
+def test_batch_norm_in_training_mode_measures_contributions(device: torch.device) -> None:
+    """c_i of scale and shift: what sample i adds to the batch's gradient, its sum that gradient."""
+    norm = nn.BatchNorm2d(4)
+    model = between_convolutions(norm).to(device).double()
+    x = torch.randn(6, 3, 5, 5, device=device, dtype=torch.float64)
+    plain = between_convolutions(nn.BatchNorm2d(4)).to(device).double()
+    plain.load_state_dict(model.state_dict())
+    observer = ak.observe(norm, coordinates=True)
+    y = model[1](model[0](x))
+    y.retain_grad()
+    loss(model[2](y)).backward()
+    loss(plain(x)).backward()
+    assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
+    normalised = (y - norm.bias.view(-1, 1, 1)) / norm.weight.view(-1, 1, 1)
+    assert y.grad is not None
+    scale, shift = (y.grad * normalised).sum((2, 3)), y.grad.sum((2, 3))
+    g = torch.cat([scale, shift], 1) * len(x)
+    s = observer.statistics()
+    assert_close(s.sample_norms_sq, g.square().sum(1))
+    assert_close(s.variance_trace.to(device), g.var(0).sum())
+    assert s.coordinate_variance is not None
+    assert_close(torch.cat(list(s.coordinate_variance.values())), g.var(0))
+
+
+def test_batch_norm_statistics_follow_torch(device: torch.device) -> None:
+    for options in ({}, {"momentum": None}, {"track_running_stats": False}):
+        norm, plain = (nn.BatchNorm1d(5, **options).to(device) for _ in range(2))
+        observer = ak.observe(norm)
+        for _ in range(3):
+            x = torch.randn(8, 5, device=device)
+            assert_close(norm(x), plain(x))
+        assert_close(norm.state_dict(), plain.state_dict())
+        norm.eval(), plain.eval()
+        assert_close(norm(x), plain(x))
+        observer.detach()
+
+
+def test_hugging_face_conv1d(device: torch.device) -> None:
+    """By its qualified name, so that transformers need not be installed."""
+
+    class Conv1D(nn.Module):
+        __module__, __qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.nf = 3
+            self.weight = nn.Parameter(torch.randn(5, 3))
+            self.bias = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            size_out = (*x.size()[:-1], self.nf)
+            return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
+
+    model = Conv1D().to(device).double()
+    x = torch.randn(6, 4, 5, device=device, dtype=torch.float64)
+    observer = ak.observe(model, coordinates=True, inner_products=True)
+    loss(model(x)).backward()
+    assert_exact(observer.statistics(), CASES["linear"], model, x, len(x))
+
+
+class Positions(nn.Module):
+    """Position embeddings shared by all samples: nothing tells the samples apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(11, 4), nn.Embedding(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
+
+
+def test_embedding_of_positions_is_refused(device: torch.device) -> None:
+    model = Positions().to(device)
+    ak.observe(model)
+    with pytest.raises(ValueError, match=r"positions\.expand\(samples, -1\)"):
+        model(torch.randint(11, (6, 6), device=device))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Embedding(5, 3, sparse=True), "sparse=False"),
+        (nn.Embedding(5, 3, scale_grad_by_freq=True), "scale_grad_by_freq"),
+        (nn.MultiheadAttention(4, 2, add_bias_kv=True), "add_bias_kv"),
+        (nn.LSTM(3, 3), 'fallback="vmap"'),
+        (nn.Bilinear(3, 3, 3), "Bilinear"),
+    ],
+)
+def test_refused_layers_name_the_reason(layer: nn.Module, message: str) -> None:
+    with pytest.raises(ak.UnsupportedLayerError, match=message) as error:
+        ak.observe(nn.ModuleDict({"inner": layer}))
+    assert "'inner'" in str(error.value)
+
+
+class UsesWeightOutside(nn.Module):
+    """The head is the embedding's weight, but not a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(11, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.linear(self.embedding(x)), self.embedding.weight)
+
+
+def test_gradient_from_outside_the_layers_is_an_error(device: torch.device) -> None:
+    model = UsesWeightOutside().to(device)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = ak.AdAdaGrad(model, batch_size=6)
+    loss(model(torch.randint(11, (6, 5), device=device))).backward()
+    with pytest.raises(RuntimeError, match=r"'embedding\.weight' has a gradient that the calls"):
+        opt.step()
+    assert_close(list(model.parameters()), before)
+
+
+def test_a_penalty_on_weights_is_an_error(device: torch.device) -> None:
+    model = nn.Linear(4, 2).to(device)
+    observer = ak.observe(model)
+    (loss(model(torch.randn(6, 4, device=device))) + model.weight.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="weight_decay"):
+        observer.statistics()
