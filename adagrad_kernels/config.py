@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from . import _library, ops
+from . import _library, ops, triton_kernels
 from ._version import __version__
 
 
@@ -23,9 +23,11 @@ def show_config() -> str:
         f"threads: {torch.get_num_threads()}",
     ]
     lines += _compiled()
+    reason = triton_kernels.load_error
+    lines.append(f"Triton kernels: {f'not loaded, {reason}' if reason else 'loaded'}")
     lines.append("ops:")
     for name in ops.NAMES:
-        lines.append(f"  {name:20} CPU: {_kernel(name, 'CPU'):22} CUDA: {_kernel(name, 'CUDA')}")
+        lines.append(f"  {name:22} CPU: {_kernel(name, 'CPU'):10} CUDA: {_kernel(name, 'CUDA')}")
     return "\n".join(lines)
 
 
@@ -34,22 +36,28 @@ def _compiled() -> list[str]:
         from . import _build
     except ImportError as error:
         return [f"compiled part: none ({error})"]
-    archs = ", ".join(_build.cuda_archs) or "none"
+    archs = f" for {', '.join(_build.cuda_archs)}" if _build.cuda_archs else ""
     lines = [
         f"compiled by {_build.compiler} for torch {_build.torch_version}: CPU instruction sets "
-        f"{', '.join(_build.instruction_sets)}; CUDA architectures: {archs}"
+        f"{', '.join(_build.instruction_sets)}",
+        f"CUDA kernels: {_build.cuda}{archs}",
     ]
     if _library.load_error is None:
         lines.append(f"compiled library: loaded, uses {_library.instruction_set()}")
     else:
         lines.append(f"compiled library: not loaded, {_library.load_error}")
+    if torch.cuda.is_available():
+        lines.append(f"CUDA device: {torch.cuda.get_device_name()}")
+    else:
+        built = "no device found" if torch.backends.cuda.is_built() else "this torch has no CUDA"
+        lines.append(f"CUDA device: none, {built}")
     return lines
 
 
 def _kernel(name: str, device: str) -> str:
-    qualified = f"{_library.NAMESPACE}::{name}"
-    if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device):
-        return "compiled"
-    if device == "CUDA" and not torch.cuda.is_available():
-        return "reference (no CUDA device here)"
-    return "reference (no kernel compiled)"
+    """What runs: a compiled kernel, a Triton kernel, or the reference in plain PyTorch."""
+    dump = torch._C._dispatch_dump(f"{_library.NAMESPACE}::{name}")
+    for line in dump.splitlines():
+        if line.startswith(f"{device}: "):
+            return "compiled" if "csrc/" in line else "Triton"
+    return "reference"

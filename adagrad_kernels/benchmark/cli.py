@@ -1,0 +1,71 @@
+"""The command line: `adagrad-kernels bench`, and `python -m benchmarks` in the repository."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import op_cases, step_cases
+from .engine import Case, matching, run_case
+from .records import WRONG
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `main`."""
+    parser.add_argument("--only", metavar="PATTERN", help="cases whose name contains this")
+    parser.add_argument("--out", metavar="FILE", help="append records here, one JSON object a line")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own)")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="for each variant of each case (default: 1)"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out what torch.compile has to compile"
+    )
+
+
+def own_cases(compiled: bool = True) -> list[Case]:
+    """The cases that need the package alone.
+
+    Args:
+        compiled: with the variants that torch.compile has to compile.
+    """
+    return [*op_cases.cases(), *step_cases.cases(compiled)]
+
+
+def main(args: argparse.Namespace, collect: Callable[[bool], Sequence[Case]] = own_cases) -> int:
+    """Runs the cases, prints the ratios, stores the records.
+
+    Args:
+        args: of a parser that `add_arguments` has prepared.
+        collect: gives the cases, see `own_cases`.
+
+    Returns:
+        0; 1 if a variant computed something wrong; 2 if no case matches.
+    """
+    threads_before = torch.get_num_threads()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        return _run(matching(collect(not args.no_compile), args.only), args)
+    except LookupError as error:
+        print(error.args[0], file=sys.stderr)
+        return 2
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _run(cases: Sequence[Case], args: argparse.Namespace) -> int:
+    wrong = 0
+    for case in cases:
+        print(f"\n{case.name}  ({case.shape})")
+        for record in run_case(case, args.seconds):
+            print(record, flush=True)
+            wrong += record.reason.startswith(WRONG)
+            if args.out:
+                with open(args.out, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record.as_dict()) + "\n")
+    return 1 if wrong else 0

@@ -1,0 +1,1 @@
+"""The training run behind the command line: data, models, training, pictures."""

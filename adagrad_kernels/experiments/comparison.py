@@ -1,0 +1,62 @@
+"""The same training four ways: two fixed batch sizes, AdAdaGrad, AdAdaGradNorm."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, report
+from .settings import LARGE_BATCH_LEARNING_RATE, LEARNING_RATES, TrainingRun
+from .training import run
+
+
+def four_ways(base: TrainingRun, lr: float | None = None) -> dict[str, TrainingRun]:
+    """The four runs by name. Seed, model, data and number of samples are the same for all.
+
+    The small fixed batch is the first one of the adaptive runs, the large one their cap. The
+    fixed batches are trained with AdaGrad.
+
+    Args:
+        base: everything else.
+        lr: for all four; where it is None, each has the one that was best for it on digits.
+    """
+    small, large = base.batch_size, base.max_batch_size
+    ways = {
+        f"fixed-{small}": replace(base, optimizer="adagrad", batch_size=small),
+        f"fixed-{large}": replace(base, optimizer="adagrad", batch_size=large),
+        "adadagrad": replace(base, optimizer="adadagrad"),
+        "adadagradnorm": replace(base, optimizer="adadagradnorm"),
+    }
+    rates = {name: LEARNING_RATES[way.optimizer] for name, way in ways.items()}
+    rates[f"fixed-{large}"] = LARGE_BATCH_LEARNING_RATE
+    return {name: replace(way, lr=rates[name] if lr is None else lr) for name, way in ways.items()}
+
+
+def compare(
+    runs: dict[str, TrainingRun], folder: Path, checkpoint_every: int = 0, resume: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Trains them one after the other, each in its folder below the given one.
+
+    Args:
+        runs: by name.
+        folder: gets `summary.json` and `comparison.png`, too.
+        checkpoint_every: as in `run`.
+        resume: go on with what an interrupted comparison had begun, keep what it had finished.
+
+    Returns:
+        The summaries by name.
+
+    Raises:
+        UsageError: what a user can mend.
+        Interrupted: stopped by a signal.
+    """
+    report.check()
+    summaries = {}
+    for name, settings in runs.items():
+        own = folder / name
+        begun = resume and (own / checkpoint.NAME).is_file()
+        summaries[name] = run(settings, own, name, checkpoint_every, begun)
+    checkpoint.write_summary(folder, {"runs": summaries})
+    report.picture([folder / name for name in runs], folder / "comparison.png")
+    return summaries

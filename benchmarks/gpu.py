@@ -1,0 +1,401 @@
+"""python -m benchmarks.gpu: what one GPU does, the kernels against its limits, whole steps.
+
+First the limits of this device in this run: the bandwidth of a copy and the rate of a bf16 matrix
+product. Then each kernel, in GB/s and in percent of that copy, beside PyTorch's own way. Then
+training steps: the plain step is the fastest of torch.optim.Adagrad(foreach=True), the fused op
+`torch._fused_adagrad_` (torch 2.11 has it, its optimizer refuses it on CUDA) and a compiled
+update. Every result is compared with float64 before its time is taken.
+
+One JSON object a line goes to --out. `--device cpu --small` runs everything in seconds, on sizes
+that mean nothing, to see that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import adagrad_kernels as ak
+from adagrad_kernels import ops, reference
+from adagrad_kernels.benchmark.engine import require_equal
+from adagrad_kernels.benchmark.records import now
+
+from .models import Transformer, resnet18
+
+Record = dict[str, Any]
+LR = 1e-3
+
+
+def timed(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each of so many calls, after two that do not count."""
+    run(), run()
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return times
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
+
+
+def percentiles(times: Sequence[float]) -> Record:
+    """The seconds that 20, 50 and 80 % of the calls did not exceed."""
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
+
+
+class Bench:
+    """The device, its limits, and the records of one run."""
+
+    def __init__(self, device: torch.device, small: bool, out: Path | None) -> None:
+        self.device, self.small, self.out = device, small, out
+        self.copy_rate = 0.0
+        self.failures = 0
+        cuda = device.type == "cuda"
+        self.facts = {
+            "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "version": ak.__version__,
+            "date": now(),
+        }
+
+    def record(self, kind: str, name: str, variant: str, **values: Any) -> None:
+        """Prints a result and appends it to the file."""
+        numbers = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in values.items()
+            if value is not None
+        )
+        print(f"{kind:7} {name:52} {variant:26} {numbers}", flush=True)
+        if self.out:
+            line = {"kind": kind, "name": name, "variant": variant, **values, **self.facts}
+            with self.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def timed(self, run: Callable[[], Any]) -> list[float]:
+        """Seconds of each of some calls, after two that do not count."""
+        return timed(run, self.device, repeats=3 if self.small else 20)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Records what goes wrong inside, so that the other parts still run."""
+        try:
+            yield
+        except Exception as error:
+            self.failures += 1
+            traceback.print_exc()
+            self.record("failed", name, type(error).__name__, reason=str(error))
+
+    # The limits of the device
+
+    def limits(self) -> None:
+        """Measures the copy bandwidth, read and written bytes counted, and a matrix product."""
+        n = 1 << (16 if self.small else 28)
+        source = torch.ones(n, device=self.device)
+        target = torch.empty_like(source)
+        times = percentiles(self.timed(lambda: target.copy_(source)))
+        self.copy_rate = 8 * n / times["p50"]
+        self.record("limit", "copy", f"{4 * n} bytes", **times, gb_per_s=self.copy_rate / 1e9)
+        n = 128 if self.small else 8192
+        a = torch.randn(n, n, device=self.device, dtype=torch.bfloat16)
+        times = percentiles(self.timed(lambda: a @ a))
+        rate = 2 * n**3 / times["p50"] / 1e12
+        self.record("limit", "bf16 product", f"{n}³", **times, tflop_per_s=rate)
+
+    # Kernels
+
+    def kernel(self, name: str, bytes_moved: int, variants: dict[str, Callable[[], Any]]) -> None:
+        """Times the ways to do one thing; bytes_moved is what the thing needs at least."""
+        for variant, run in variants.items():
+            times = percentiles(self.timed(run))
+            rate = bytes_moved / times["p50"]
+            self.record(
+                "kernel", name, variant, **times, gb_per_s=rate / 1e9,
+                percent_of_copy=100 * rate / self.copy_rate,
+            )  # fmt: skip
+
+    def optimizer_kernels(self) -> None:
+        """Updates of one large tensor, and of the many tensors of a ResNet-18."""
+        large = [(1 << 12,)] if self.small else [(1 << 27,)]
+        many = [p.shape for p in (convolution if self.small else resnet18)().parameters()]
+        for what, shapes in (("one tensor", large), ("model's tensors", many)):
+            for dtype in (torch.float32, torch.bfloat16):
+                self._updates(what, shapes, dtype)
+
+    def _updates(self, what: str, shapes: Sequence[Any], dtype: torch.dtype) -> None:
+        make = [torch.randn(shape, device=self.device) for shape in shapes]
+        params = [t.to(dtype) for t in make]
+        grads = [torch.randn_like(p) for p in params]
+        sums = [torch.ones_like(p, dtype=torch.float32) for p in params]
+        squares = [torch.ones_like(v) for v in sums]
+        scalar = torch.ones((), dtype=torch.float64, device=self.device)
+        steps = [torch.ones((), device=self.device) for _ in params]
+        self._check_updates(params, grads, sums)
+        n = sum(p.numel() for p in params)
+        size = params[0].element_size()
+        label = f"{what}, {n / 1e6:.3g} M {str(dtype).removeprefix('torch.')}"
+        options = {"lr": LR, "weight_decay": 0.0, "eps": 1e-10, "maximize": False}
+        ways: dict[str, Callable[[], Any]] = {
+            "ours": lambda: ops.adagrad_(params, grads, sums, lr=LR)
+        }
+        if dtype == torch.float32:  # otherwise its accumulators are as short as the parameters
+            ways["torch._fused_adagrad_"] = lambda: torch._fused_adagrad_(
+                params, grads, sums, steps, lr_decay=0.0, **options
+            )
+        self.kernel(f"adagrad_ {label}", n * (3 * size + 8), ways)
+        self.kernel(
+            f"adagrad_ + coordinates {label}", n * (3 * size + 12),
+            {"ours": lambda: ops.adagrad_(params, grads, sums, squares, lr=LR, samples=8)},
+        )  # fmt: skip
+        self.kernel(
+            f"adagrad_norm_ {label}", n * 4 * size,
+            {"ours": lambda: ops.adagrad_norm_(params, grads, scalar, lr=LR)},
+        )  # fmt: skip
+        self.kernel(
+            f"grad_norm_sq {label}", n * size,
+            {
+                "ours": lambda: ops.grad_norm_sq(grads),
+                "torch._foreach_norm": lambda: torch.stack(torch._foreach_norm(grads)).norm(),
+            },
+        )  # fmt: skip
+
+    @staticmethod
+    def _check_updates(params: list[Tensor], grads: list[Tensor], sums: list[Tensor]) -> None:
+        p, v = [t.clone() for t in params], [t.clone() for t in sums]
+        ops.adagrad_(p, grads, v, lr=LR)
+        for i in range(len(p)):
+            results = []
+            for dtype in (torch.float64, None):
+                q, w = params[i].clone().to(dtype), sums[i].clone().to(dtype)
+                g = grads[i].to(dtype)
+                reference.adagrad_([q], [g], [w], [], LR, 1e-10, 0.0, False, 1.0, 2)
+                results.append(q)
+            require_equal("adagrad_", p[i], results[1], results[0])
+
+    def sample_statistics(self) -> None:
+        """One pass over materialised per-sample gradients, beside three expressions."""
+        shapes = [(8, 300)] if self.small else [(256, 1 << 20), (256, 541_094), (4096, 10_000)]
+        for b, p in shapes:
+            for dtype in (torch.float32, torch.bfloat16):
+                g = torch.randn(b, p, device=self.device).to(dtype)
+                truth = reference.sample_statistics(g[:, :4096].double())
+                plain = reference.sample_statistics(g[:, :4096])
+                for found, t, q in zip(ops.sample_statistics(g)[:2], truth, plain, strict=False):
+                    scale = g[:, :4096].double().abs().sum(0)
+                    require_equal("sample_statistics", found[:4096], q, t, scale)
+                name = f"sample_statistics [{b}, {p}] {str(dtype).removeprefix('torch.')}"
+                self.kernel(
+                    name, g.numel() * g.element_size(),
+                    {
+                        "ours": lambda g=g: ops.sample_statistics(g),
+                        "three expressions": lambda g=g: reference.sample_statistics(g),
+                    },
+                )  # fmt: skip
+
+    # Steps
+
+    def steps(self) -> None:
+        """Whole training steps of four models."""
+        for name, build, x, y, bf16 in models(self.device, self.small):
+            ways: list[tuple[str, Callable[..., Any]]] = [
+                ("plain, foreach", plain_foreach),
+                ("plain, fused op", plain_fused),
+                ("plain, compiled update", plain_compiled),
+                ("ours, norm test", ours(ak.NormTest(0.1))),
+                ("ours, norms + coordinates", ours(ak.CoordinateNormTest(0.1))),
+            ]
+            fastest: Record = {}
+            with self.part(f"step {name}"):
+                self._check_step(build, x, y)
+                for variant, prepare in ways:
+                    model = build().to(self.device)
+                    times = self._step_times(model, prepare(model, len(x)), x, y, bf16)
+                    if not variant.startswith("plain"):
+                        times["ratio"] = times["p50"] / fastest["p50"]
+                        if times["peak_bytes"] is not None:
+                            times["memory_ratio"] = times["peak_bytes"] / fastest["peak_bytes"]
+                    elif not fastest or times["p50"] < fastest["p50"]:
+                        fastest = times
+                    self.record("step", name, variant, **times)
+
+    def _step_times(
+        self, model: nn.Module, update: Callable[[], None], x: Tensor, y: Tensor, bf16: bool
+    ) -> Record:
+        def run() -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                loss = mean_loss(model(x), y)
+            loss.backward()
+            update()
+
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        times = percentiles(self.timed(run))
+        return {**times, "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
+
+    def _check_step(self, build: Callable[[], nn.Module], x: Tensor, y: Tensor) -> None:
+        """‖g_i‖² of the first samples, in float32, against one backward pass a sample."""
+        torch.manual_seed(0)
+        model = build().to(self.device)
+        few = min(4, len(x))
+        truth = []
+        for i in range(few):
+            mean_loss(model(x[i : i + 1]), y[i : i + 1]).backward()
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            truth.append(sum(g.double().square().sum() for g in grads))
+            model.zero_grad()
+        observer = ak.observe(model)
+        mean_loss(model(x[:few]), y[:few]).backward()
+        found = observer.statistics().sample_norms_sq
+        torch.testing.assert_close(found.double(), torch.stack(truth), rtol=1e-2, atol=0)  # TF32
+
+
+def mean_loss(output: Tensor, y: Tensor) -> Tensor:
+    """The cross-entropy, meaned over samples and positions."""
+    return F.cross_entropy(output.flatten(0, -2), y.flatten())
+
+
+def mlp() -> nn.Module:
+    """784-1024-1024-10."""
+    sizes = (784, 1024, 1024)
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(1024, 10))
+
+
+def convolution() -> nn.Module:
+    """In the place of ResNet-18 where sizes are small."""
+    features = [nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(8, 10))
+
+
+def models(
+    device: torch.device, small: bool
+) -> Iterator[tuple[str, Callable[[], nn.Module], Tensor, Tensor, bool]]:
+    """(name, model, inputs, targets, whether in bf16) of each training step."""
+
+    def classes(*shape: int) -> Tensor:
+        return torch.randint(10, shape, device=device)
+
+    for b in (4, 8) if small else (32, 4096):
+        yield f"mlp {b}", mlp, torch.randn(b, 784, device=device), classes(b), False
+    b, name, net = (4, "convolution", convolution) if small else (1024, "resnet18", resnet18)
+    yield f"{name} {b}", net, torch.randn(b, 3, 32, 32, device=device), classes(b), False
+    width, depth, length, b = (48, 1, 16, 2) if small else (768, 12, 1024, 8)
+    vocabulary = 100 if small else 25_000  # 124 M parameters
+
+    def transformer() -> nn.Module:
+        return Transformer(vocabulary, width, depth, heads=12, length=length)
+
+    tokens = torch.randint(vocabulary, (b, length + 1), device=device)
+    yield f"transformer T={length} {b}", transformer, tokens[:, :-1], tokens[:, 1:], True
+
+
+def plain_foreach(model: nn.Module, batch: int) -> Callable[[], None]:
+    """`torch.optim.Adagrad(foreach=True)`."""
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=LR, foreach=True)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def plain_fused(model: nn.Module, batch: int) -> Callable[[], None]:
+    """The fused op, as the optimizer calls it where it may."""
+    params = list(model.parameters())
+    sums = [torch.zeros_like(p) for p in params]
+    steps = [torch.zeros((), device=p.device) for p in params]
+
+    @torch.no_grad()
+    def update() -> None:
+        grads = [p.grad for p in params if p.grad is not None]
+        torch._foreach_add_(steps, 1)
+        torch._fused_adagrad_(
+            params, grads, sums, steps,
+            lr=LR, lr_decay=0.0, weight_decay=0.0, eps=1e-10, maximize=False,
+        )  # fmt: skip
+        model.zero_grad()
+
+    return update
+
+
+def plain_compiled(model: nn.Module, batch: int) -> Callable[[], None]:
+    """The same formulas, compiled by Inductor into few kernels."""
+    params = list(model.parameters())
+    sums = [torch.zeros_like(p) for p in params]
+
+    @torch.compile(dynamic=False)
+    def formulas(params: list[Tensor], grads: list[Tensor], sums: list[Tensor]) -> None:
+        torch._foreach_addcmul_(sums, grads, grads)
+        roots = torch._foreach_add(torch._foreach_sqrt(sums), 1e-10)
+        torch._foreach_addcdiv_(params, grads, roots, -LR)
+
+    @torch.no_grad()
+    def update() -> None:
+        formulas(params, [p.grad for p in params if p.grad is not None], sums)
+        model.zero_grad()
+
+    return update
+
+
+def ours(criterion: Any) -> Callable[[nn.Module, int], Callable[[], None]]:
+    """`AdAdaGrad` that tests in every step; the batch size is held."""
+
+    def prepare(model: nn.Module, batch: int) -> Callable[[], None]:
+        optimizer = ak.AdAdaGrad(
+            model, lr=LR, criterion=criterion, batch_size=batch, max_batch_size=batch
+        )
+
+        def update() -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return update
+
+    return prepare
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="sizes to try the program with")
+    parser.add_argument("--out", type=Path, help="append records here, one JSON object a line")
+    args = parser.parse_args()
+    bench = Bench(torch.device(args.device), args.small, args.out)
+    torch.manual_seed(0)
+    for part in (bench.limits, bench.optimizer_kernels, bench.sample_statistics, bench.steps):
+        with bench.part(part.__name__):
+            part()
+    return 1 if bench.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
