@@ -20,9 +20,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
 def sample_statistics(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if g.dim() != 2:
-        raise RuntimeError(f"sample_statistics: expected g [b, P], got {g.dim()} dimensions")
+    _require(g.dim() == 2, f"sample_statistics: expected g [b, P], got {g.dim()} dimensions")
     g = g.to(compute_dtype(g.dtype))
     square = g * g
     return g.sum(0), square.sum(0), square.sum(1)
@@ -68,6 +72,29 @@ def _pool_reductions(parts: list[Tensor], like: Tensor) -> Tensor:
     return pooled
 
 
+def _check_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor] | None,
+    coordinate_sums: list[Tensor],
+) -> None:
+    if not params:
+        raise RuntimeError("adagrad: no parameters")
+    lists = {"gradient": grads, "accumulator": sums, "coordinate sum": coordinate_sums or None}
+    for what, tensors in lists.items():
+        if tensors is None:
+            continue
+        if len(tensors) != len(params):
+            raise RuntimeError(f"adagrad: {len(tensors)} {what}s for {len(params)} parameters")
+        for i, (t, p) in enumerate(zip(tensors, params, strict=True)):
+            if t.shape != p.shape:
+                raise RuntimeError(f"adagrad: the shape of {what} {i} is not that of its parameter")
+            if what == "accumulator" and t.dtype != compute_dtype(p.dtype):
+                raise RuntimeError(
+                    f"adagrad: accumulator {i} must be float32 (float64 where the parameter is)"
+                )
+
+
 def adagrad_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -80,6 +107,7 @@ def adagrad_(
     grad_scale: float,
     samples: int,
 ) -> tuple[Tensor, Tensor]:
+    _check_update(params, grads, sums, coordinate_sums)
     norm = torch.zeros((), dtype=torch.float64, device=params[0].device)
     parts = []
     for i, (p, grad, v) in enumerate(zip(params, grads, sums, strict=True)):
@@ -106,6 +134,11 @@ def adagrad_norm_(
     grad_scale: float,
     samples: int,
 ) -> tuple[Tensor, Tensor]:
+    _check_update(params, grads, None, coordinate_sums)
+    if sum.numel() != 1 or sum.dtype != torch.float64:
+        raise RuntimeError("adagrad_norm_: sum must be one float64 number")
+    if len(lr) != len(params) or len(weight_decay) != len(params):
+        raise RuntimeError("adagrad_norm_: expected one lr and one weight_decay for each parameter")
     norm = torch.zeros((), dtype=torch.float64, device=params[0].device)
     steps, scaled = [], []
     for p, grad, decay in zip(params, grads, weight_decay, strict=True):
@@ -125,8 +158,7 @@ def adagrad_norm_(
 
 
 def grad_norm_sq(tensors: list[Tensor]) -> Tensor:
-    if not tensors:
-        raise RuntimeError("grad_norm_sq: no tensors")
+    _require(len(tensors) > 0, "grad_norm_sq: no tensors")
     return torch.stack([t.double().square().sum() for t in tensors]).sum()
 
 
@@ -168,6 +200,13 @@ def _per_sample(
 def linear_weight_grad(
     grad_out: Tensor, input: Tensor, capacity: int, weight: bool, bias: bool, coordinates: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _require(
+        input.dim() >= 2
+        and grad_out.shape[:-1] == input.shape[:-1]
+        and grad_out.dtype == input.dtype,
+        "linear_weight_grad: expected grad_out [b, ..., O] and input [b, ..., I] of one dtype, "
+        "with the same leading dimensions",
+    )
     dtype = compute_dtype(grad_out.dtype)
     b, out_features, in_features = grad_out.shape[0], grad_out.shape[-1], input.shape[-1]
     positions = grad_out.shape[1:-1].numel()
@@ -213,6 +252,30 @@ def conv_weight_grad(
     bias: bool,
     coordinates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dims = len(kernel_size)
+    _require(
+        1 <= dims <= 3 and len(stride) == len(padding) == len(dilation) == dims,
+        "conv_weight_grad: kernel_size, stride, padding and dilation take one number a spatial "
+        "dimension, for one to three of them",
+    )
+    _require(
+        grad_out.dim() == input.dim() == dims + 2
+        and grad_out.shape[0] == input.shape[0]
+        and grad_out.dtype == input.dtype,
+        "conv_weight_grad: expected grad_out [b, O, *D'] and input [b, C, *D] of one dtype, with "
+        f"{dims} spatial dimensions",
+    )
+    _require(
+        groups > 0 and not input.shape[1] % groups and not grad_out.shape[1] % groups,
+        f"conv_weight_grad: {input.shape[1]} input and {grad_out.shape[1]} output channels do not "
+        f"divide into {groups} groups",
+    )
+    for d in range(dims):
+        reach = (grad_out.shape[2 + d] - 1) * stride[d] + (kernel_size[d] - 1) * dilation[d] + 1
+        _require(
+            reach <= input.shape[2 + d] + 2 * padding[d],
+            "conv_weight_grad: grad_out is larger than this convolution's output",
+        )
     dtype = compute_dtype(grad_out.dtype)
     b, out_channels = grad_out.shape[:2]
     channels = input.shape[1] // groups
@@ -236,8 +299,17 @@ def embedding_weight_grad(
     coordinates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(grad_out.dtype)
+    _require(
+        indices.dim() >= 1 and grad_out.shape[:-1] == indices.shape,
+        "embedding_weight_grad: expected grad_out [b, ..., D] and indices [b, ...] with the same "
+        "leading dimensions",
+    )
     b, width = indices.shape[0], grad_out.shape[-1]
-    tokens = indices.reshape(b, -1).long()
+    tokens = indices.reshape(b, indices.shape[1:].numel()).long()
+    _require(
+        tokens.is_cuda or not ((tokens < 0) | (tokens >= num_embeddings)).any(),
+        f"embedding_weight_grad: a token is not in [0, {num_embeddings})",
+    )
     g = grad_out.to(dtype).reshape(*tokens.shape, width)
     g = g.masked_fill((tokens == padding_idx).unsqueeze(-1), 0)
     # One row for each (sample, token) that occurs: what a sample adds to that token's row.
@@ -261,6 +333,10 @@ def scale_weight_grad(
     bias: bool,
     coordinates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _require(
+        grad_out.dim() == 4 and grad_out.shape == input.shape,
+        "scale_weight_grad: expected grad_out and input of one shape [b, T, C, S]",
+    )
     g = grad_out.to(compute_dtype(grad_out.dtype))
     x = input.to(g.dtype)
     x = x if mean is None else x - mean

@@ -34,6 +34,7 @@ ADAGRAD_KERNELS_INLINE void add_position(const ScaleGrad<T>& a, const T* __restr
                                          const T* __restrict__ rstd, T* __restrict__ scale,
                                          T* __restrict__ shift) {
   const int64_t n = a.channels;
+  if (n == 0) return;  // nor need there be a mean
   if (a.mean_channel == 0 && a.rstd_channel == 0) {
     const T m = *mean, r = *rstd;
     for (int64_t c = 0; c < n; ++c) {

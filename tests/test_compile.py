@@ -1,0 +1,217 @@
+"""Observed models under `torch.compile(fullgraph=True)`."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from per_sample import per_sample
+from test_observer import assert_statistics, small, squares, train_on
+from tolerance import assert_close_to_truth
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import adagrad_kernels as ak
+
+# What torch's compiler warns of while it looks at custom functions, inputs, and its own modules.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:<class .*Function'> should not be inst:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """Nothing compiled by another test is reused."""
+    torch.compiler.reset()
+
+
+def compile_model(
+    model: nn.Module, backend: str | CompileCounterWithBackend = "aot_eager"
+) -> Callable[[Tensor], Tensor]:
+    return torch.compile(model, fullgraph=True, backend=backend)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("backend", "coordinates"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)]
+)
+def test_statistics(device: torch.device, backend: str, coordinates: bool) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model, coordinates=coordinates)
+    compiled = compile_model(model, backend)
+    for _ in range(2):
+        model.zero_grad()
+        observer.reset()
+        squares(compiled(x), y).backward()
+        assert_statistics(observer.statistics(), model, squares, x, y)
+
+
+def test_compiled_before_observed(device: torch.device) -> None:
+    model, x, y = small(device)
+    compiled = compile_model(model)
+    squares(compiled(x), y).backward()
+    model.zero_grad()
+    observer = ak.observe(model)
+    squares(compiled(x), y).backward()
+    assert_statistics(observer.statistics(), model, squares, x, y)
+    observer.detach()
+    model.zero_grad()
+    squares(compiled(x), y).backward()
+    assert observer.micro_batches == 0
+
+
+def graphs(model: nn.Module, shape: tuple[int, ...], observer: ak.Observer | None = None) -> int:
+    """How many graphs growing batches take."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = compile_model(model, counter)
+    device = next(model.parameters()).device
+    for n in (2, 3, 8, 21, 64):
+        x, y = torch.randn(n, *shape, device=device), torch.randn(n, 3, device=device)
+        model.zero_grad()
+        squares(compiled(x), y).backward()
+        if observer is not None:
+            assert observer.rows() == [n]
+            assert_statistics(observer.statistics(), model, squares, x, y)
+            observer.reset()
+    return counter.frame_count
+
+
+def test_growing_batches_make_two_graphs(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(device)
+    assert graphs(model, (4,), ak.observe(model, coordinates=True)) == 2  # one size, then any
+
+
+def test_growing_batches_make_no_more_graphs_than_the_plain_model(device: torch.device) -> None:
+    """torch's own convolution makes a graph more where it changes its algorithm."""
+    model, *_ = small(device)
+    plain = graphs(model, (2, 4, 4))
+    assert graphs(model, (2, 4, 4), ak.observe(model)) == plain
+
+
+def test_micro_batches(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model)
+    compiled = compile_model(model)
+    for part in zip(x.split([2, 4]), y.split([2, 4]), strict=True):
+        (squares(compiled(part[0]), part[1]) * (len(part[0]) / 6)).backward()
+    s = observer.statistics()
+    assert observer.rows() == [2, 4]
+    assert_statistics(s, model, squares, x, y)
+
+
+def test_compiled_and_eager_micro_batches(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model)
+    compiled = compile_model(model)
+    squares(compiled(x[:3]), y[:3]).backward()
+    train_on(model, squares, x[3:], y[3:])
+    assert_statistics(observer.statistics(gradient_scale=0.5), model, squares, x, y)
+
+
+def test_some_layers_compiled(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model, coordinates=True)
+    head = torch.compile(model[3:], fullgraph=True, backend="aot_eager")
+    squares(head(model[:3](x)), y).backward()
+    assert_statistics(observer.statistics(), model, squares, x, y)
+
+
+def test_checkpointed(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model)
+
+    def run(x: Tensor) -> Tensor:
+        hidden = checkpoint(model[:3], x, use_reentrant=False)
+        return checkpoint(model[3:], hidden, use_reentrant=False)  # type: ignore[return-value]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    squares(compiled(x), y).backward()
+    assert_statistics(observer.statistics(), model, squares, x, y)
+
+
+def test_autocast(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model)
+    compiled = compile_model(model)
+    norms = []
+    for run in (model, compiled):
+        observer.reset()
+        model.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = squares(run(x).float(), y)
+        loss.backward()
+        norms.append(observer.statistics().sample_norms_sq)
+    torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+
+
+def test_frozen_and_unfrozen(device: torch.device) -> None:
+    model, x, y = small(device)
+    model[0].requires_grad_(False)
+    observer = ak.observe(model)
+    compiled = compile_model(model)
+    for frozen in (False, True):
+        squares(compiled(x), y).backward()
+        assert_statistics(observer.statistics(), model, squares, x, y)
+        model.requires_grad_(not frozen)
+        model.zero_grad()
+        observer.reset()
+
+
+def test_a_larger_batch_than_the_probe_says_what_to_do(device: torch.device) -> None:
+    model = nn.Linear(2, 1).to(device)
+    observer = ak.observe(model)
+    n = observer.probe.shape[1] + 1
+    x, y = torch.randn(n, 2, device=device), torch.randn(n, 1, device=device)
+    compiled = compile_model(model)
+    with pytest.raises(Exception, match=r"observer\.reserve\(\)"):
+        compiled(x)
+    observer.reserve(n)
+    torch.compiler.reset()
+    squares(compile_model(model)(x), y).backward()
+    assert observer.statistics().batch_size == n
+
+
+def test_layers_that_disagree_about_the_samples(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Flatten(0, 1), nn.Linear(4, 1)).to(device)
+    observer = ak.observe(model)
+    compile_model(model)(torch.randn(5, 2, 3, device=device)).square().mean().backward()
+    with pytest.raises(RuntimeError, match="disagree about the number of samples"):
+        observer.statistics()
+
+
+def test_a_layer_used_twice(device: torch.device) -> None:
+    layer = nn.Linear(3, 3).to(device)
+    observer = ak.observe(layer)
+    compiled = torch.compile(lambda x: layer(layer(x)), fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(4, 3, device=device)).square().mean().backward()
+    with pytest.raises(RuntimeError, match="used twice"):
+        observer.statistics()
+
+
+def test_a_parameter_used_outside_its_layer(device: torch.device) -> None:
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.first(x), self.second.weight)
+
+    model = Outside().to(device)
+    observer = ak.observe(model)
+    compile_model(model)(torch.randn(4, 3, device=device)).square().mean().backward()
+    with pytest.raises(RuntimeError, match="no statistics"):
+        observer.statistics()
+
+
+def test_the_gradient_itself(device: torch.device) -> None:
+    model, x, y = small(device)
+    truth = per_sample(model, squares, x, y)
+    plain = per_sample(model, squares, x, y, dtype=torch.float32)
+    ak.observe(model)
+    squares(compile_model(model)(x), y).backward()
+
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert_close_to_truth(found, truth.mean, plain.mean)

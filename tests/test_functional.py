@@ -1,0 +1,179 @@
+"""`adagrad_kernels.functional`: the values of torch's functions, the probe's gradient, errors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import adagrad_kernels.functional as af
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_()
+
+
+Case = tuple[Callable[..., Tensor], Callable[..., Tensor], Tensor, Tensor, Tensor | None]
+
+
+def cases() -> dict[str, Case]:
+    """Name: (ours(x, w, b, *probes), torch's(x, w, b), x, weight, bias)."""
+    torch.manual_seed(2)
+    tokens = torch.tensor([[0, 3, 0], [2, 2, 2], [1, 0, 4]])
+    pair = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}
+    back = {"stride": (2, 1), "padding": (1, 0), "output_padding": (1, 0), "groups": 2}
+
+    def norm(ours: Callable, *options: Any) -> Callable:
+        return lambda x, w, b, *probes: ours(x, *options, w, b, 1e-5, *probes)
+
+    return {
+        "linear": (af.linear, F.linear, randn(3, 2, 4), randn(5, 4), randn(5)),
+        "linear without bias": (af.linear, F.linear, randn(3, 4), randn(5, 4), None),
+        "conv": (
+            lambda *a: af.conv(*a, **pair), lambda *a: F.conv2d(*a, **pair),
+            randn(3, 2, 5, 6), randn(4, 2, 3, 2), randn(4),
+        ),
+        "conv_transpose": (
+            lambda *a: af.conv_transpose(*a, **back), lambda *a: F.conv_transpose2d(*a, **back),
+            randn(3, 4, 3, 3), randn(4, 2, 3, 2), randn(4),
+        ),
+        "embedding": (
+            lambda x, w, b, probe, weight_probe, _: af.embedding(x, w, 2, probe, weight_probe),
+            lambda x, w, b: F.embedding(x, w, padding_idx=2), tokens, randn(5, 4), None,
+        ),
+        "layer_norm": (
+            norm(af.layer_norm, (2, 4)), lambda x, w, b: F.layer_norm(x, (2, 4), w, b),
+            randn(3, 5, 2, 4), randn(2, 4), randn(2, 4),
+        ),
+        "group_norm": (
+            norm(af.group_norm, 2), lambda x, w, b: F.group_norm(x, 2, w, b),
+            randn(3, 4, 5), randn(4), randn(4),
+        ),
+        "scale": (
+            lambda x, w, b, *probes: af.scale(x, w, b, 1, *probes),
+            lambda x, w, b: x * w[:, None] + b[:, None], randn(3, 4, 5), randn(4), randn(4),
+        ),
+    }  # fmt: skip
+
+
+CASES = cases()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_gradients_and_probes(name: str) -> None:
+    ours, torchs, x, weight, bias = CASES[name]
+    floating = x.is_floating_point()
+    x_1, x_2 = (leaf(x), leaf(x)) if floating else (x, x)
+    w_1, w_2 = leaf(weight), leaf(weight)
+    b_1, b_2 = (None, None) if bias is None else (leaf(bias), leaf(bias))
+    probe = torch.zeros(2, 5, dtype=torch.float64, requires_grad=True)
+    weight_probe = torch.zeros_like(weight).requires_grad_()
+    bias_probe = None if bias is None else torch.zeros_like(bias).requires_grad_()
+    out_1 = ours(x_1, w_1, b_1, probe, weight_probe, bias_probe)
+    out_2 = torchs(x_2, w_2, b_2)
+    torch.testing.assert_close(out_1, out_2, rtol=1e-12, atol=1e-12)
+    grad_out = torch.randn_like(out_2)
+    samples = []
+    for i in range(3):  # c_i: what sample i alone adds
+        only = torch.zeros_like(grad_out)
+        only[i] = grad_out[i]
+        params = [p for p in (w_2, b_2) if p is not None]
+        samples.append(torch.autograd.grad(out_2, params, only, retain_graph=True))
+    out_1.backward(grad_out)
+    out_2.backward(grad_out)
+    same = {"x": (x_1, x_2), "weight": (w_1, w_2), "bias": (b_1, b_2)}
+    for what, (one, other) in same.items():
+        if one is not None and one.is_floating_point():
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12, msg=what)
+    norms = torch.stack([sum(g.square().sum() for g in grads) for grads in samples])
+    assert probe.grad is not None
+    torch.testing.assert_close(probe.grad[0, :3], norms, rtol=1e-10, atol=0)
+    assert probe.grad[1].tolist() == [1, 1, 1, 0, 0]
+    assert not probe.grad[0, 3:].any()
+    for k, coordinate_probe in enumerate((weight_probe, bias_probe)):
+        if coordinate_probe is not None:
+            sums = torch.stack([grads[k] for grads in samples]).square().sum(0)
+            torch.testing.assert_close(coordinate_probe.grad, sums, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_what_is_asked_for(name: str) -> None:
+    """A frozen weight or bias, no coordinate probes, an input without gradient."""
+    ours, _, x, weight, bias = CASES[name]
+    for frozen in ("weight", "bias") if bias is not None else ():
+        w, b = leaf(weight), leaf(bias)
+        (w if frozen == "weight" else b).requires_grad_(False)
+        probe = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+        out = ours(x, w, b, probe, None, None)
+        out.backward(torch.ones_like(out))
+        kept = b if frozen == "weight" else w
+        assert kept.grad is not None
+        assert (w if frozen == "weight" else b).grad is None
+        assert probe.grad is not None
+        assert (probe.grad[0] > 0).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_probe_too_small(name: str) -> None:
+    ours, _, x, weight, bias = CASES[name]
+    probe = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"3 samples needs a probe of that many columns.*\[2, 2\]"):
+        ours(x, leaf(weight), bias, probe, None, None)
+    with pytest.raises(ValueError, match=r"\[2, capacity\]"):
+        ours(x, leaf(weight), bias, probe[0], None, None)
+
+
+def test_the_gradient_of_a_probe_is_summed_over_calls() -> None:
+    x, w, probe = randn(3, 4), leaf(randn(4, 4)), leaf(torch.zeros(2, 3).double())
+    af.linear(af.linear(x, w, None, probe), w, None, probe).sum().backward()
+    assert probe.grad is not None
+    assert probe.grad[1].tolist() == [2, 2, 2]
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, w, probe = randn(3, 4), leaf(randn(4, 4)), leaf(torch.zeros(2, 3).double())
+    out = af.linear(x, w, None, probe).square().sum()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(out, w, create_graph=True)
+
+
+def test_listeners_are_told_and_not_kept_alive() -> None:
+    class Listener:
+        def __init__(self) -> None:
+            self.told: list[tuple[int, ...]] = []
+
+        def called(self, call: af.Call, saved: tuple[Tensor, ...]) -> None:
+            self.told.append(tuple(t.shape[0] for t in saved))
+
+    listener = Listener()
+    call = af.Call(af.listen(listener))
+    x, w, probe = randn(3, 4), leaf(randn(4, 4)), leaf(torch.zeros(2, 3).double())
+    out = af.linear(x, w, None, probe, call=call)
+    assert listener.told == []
+    out.sum().backward()
+    assert listener.told == [(3, 3)]
+    later = af.linear(x, w, None, probe, call=call)
+    del listener
+    later.sum().backward()  # nobody listens any more
+
+
+def test_embedding_does_not_guess_what_one_dimension_means() -> None:
+    probe = leaf(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"do not tell samples from positions.*unsqueeze\(1\)"):
+        af.embedding(torch.tensor([0, 1]), leaf(torch.ones(3, 2)), None, probe)
+
+
+def test_inputs_without_samples() -> None:
+    probe = leaf(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="no sample dimension"):
+        af.linear(torch.ones(2), leaf(torch.ones(3, 2)), None, probe)
+    with pytest.raises(ValueError, match="2 spatial dimensions"):
+        af.conv(torch.ones(2, 3, 3), leaf(torch.ones(3, 2, 1, 1)), None, probe)
+    with pytest.raises(ValueError, match="no sample dimension"):
+        af.layer_norm(torch.ones(4), (4,), leaf(torch.ones(4)), None, 1e-5, probe)

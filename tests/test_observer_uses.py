@@ -1,0 +1,359 @@
+"""Layers used more than once, the observer's life, and everything it refuses."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_observer import assert_statistics, small, squares, total, train_on
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import adagrad_kernels as ak
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, the second time on its own output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.repeated, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.repeated(self.repeated(x).tanh()).tanh())
+
+
+class Tied(nn.Module):
+    """An autoencoder whose decoder has the encoder's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x).tanh())
+
+
+@pytest.mark.parametrize("make", [Twice, Tied])
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+def test_parameters_used_twice(device: torch.device, make: type[nn.Module], shape) -> None:
+    model = make().to(device)
+    x = torch.randn(5, *shape, device=device)
+    y = torch.randn_like(model(x).flatten(1))
+    observer = ak.observe(model, coordinates=True, inner_products=True)
+    for part in zip(x.split([3, 2]), y.split([3, 2]), strict=True):
+        train_on(model, total, *part)
+    assert_statistics(observer.statistics(), model, total, x, y, factor=5)
+
+
+def test_a_checkpointed_layer_used_twice(device: torch.device) -> None:
+    model = Twice().to(device)
+    x, y = torch.randn(5, 4, device=device), torch.randn(5, 2, device=device)
+    observer = ak.observe(model, coordinates=True)
+    out = checkpoint(model, x, use_reentrant=False)
+    squares(out, y).backward()  # type: ignore[arg-type]
+    assert_statistics(observer.statistics(), model, squares, x, y)
+
+
+def test_tied_weights_with_one_use_frozen_out_of_the_loss(device: torch.device) -> None:
+    model = Tied().to(device)
+    x, y = torch.randn(5, 4, device=device), torch.randn(5, 4, device=device)
+    observer = ak.observe(model)
+    squares(model.decoder(x), y).backward()
+    s = observer.statistics()
+    observer.detach()
+    alone = nn.Linear(4, 4).to(device)
+    alone.load_state_dict(model.decoder.state_dict())
+    assert_statistics(s, alone, squares, x, y)
+
+
+def test_a_layer_called_for_parts_of_the_batch_is_refused_by_name(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).to(device)
+    observer = ak.observe(model)
+    x = torch.randn(6, 3, device=device)
+    hidden = torch.cat([model[0](x[:2]), model[0](x[2:])])
+    model[1](hidden).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"disagree about the number of samples .*'0'"):
+        observer.statistics()
+
+
+def test_layers_that_disagree_about_the_batch_dimension(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Flatten(0, 1), nn.Linear(4, 1)).to(device)
+    observer = ak.observe(model)
+    model(torch.randn(5, 2, 3, device=device)).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"'2' 10, '0' 5.*dimension 0"):
+        observer.statistics()
+    observer.reset()
+    model[0].requires_grad_(False)
+    model.zero_grad()
+    model(torch.randn(5, 2, 3, device=device)).square().mean().backward()
+    assert observer.statistics().batch_size == 10  # nothing else says that there are five
+
+
+def test_a_parameter_used_outside_its_layer(device: torch.device) -> None:
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.first(x), self.second.weight)
+
+    model = Outside().to(device)
+    observer = ak.observe(model)
+    model(torch.randn(4, 3, device=device)).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"gradient but no statistics.*'second.weight'"):
+        observer.statistics()
+
+
+def test_a_parameter_used_in_its_layer_and_outside(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model)
+    loss = squares(model(x), y) + 0.1 * model[3].weight.square().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"'3.weight'.*outside its layer's forward"):
+        observer.statistics()
+
+
+def test_a_stale_gradient_is_not_taken_for_measured(device: torch.device) -> None:
+    model = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)]).to(device)
+    observer = ak.observe(model)
+    x = torch.randn(4, 3, device=device)
+    model[0](x).mean().backward()
+    observer.reset()
+    model[1](x).mean().backward()
+    with pytest.raises(RuntimeError, match=r"'0.weight'|'0.bias'"):
+        observer.statistics()
+    model.zero_grad()
+    observer.reset()
+    model[1](x).mean().backward()
+    assert observer.statistics().batch_size == 4
+
+
+def test_reentrant_checkpointing_of_segments_is_refused(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model)
+    hidden = checkpoint(model[:3], x.requires_grad_(), use_reentrant=True)
+    out = checkpoint(model[3:], hidden, use_reentrant=True)
+    squares(out, y).backward()  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        observer.statistics()
+
+
+def test_reentrant_checkpointing_of_the_whole_model_is_one_pass(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model, coordinates=True)
+    out = checkpoint(model, x.requires_grad_(), use_reentrant=True)
+    squares(out, y).backward()  # type: ignore[arg-type]
+    assert_statistics(observer.statistics(), model, squares, x.detach(), y)
+
+
+def test_losses_of_different_layers_are_not_micro_batches(device: torch.device) -> None:
+    model = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)]).to(device)
+    observer = ak.observe(model)
+    x = torch.randn(4, 3, device=device)
+    for head in model:
+        head(x).mean().backward()
+    with pytest.raises(RuntimeError, match=r"'0'.*'1'.*not micro-batches"):
+        observer.statistics()
+
+
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    model, x, y = small(device)
+    ak.observe(model)
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*detach\(\)"):
+        squares(model(x), y).backward(create_graph=True)
+
+
+def test_backward_twice_through_one_forward(device: torch.device) -> None:
+    """retain_graph and a second backward pass: two passes of the same samples, 2N contributions."""
+    model, x, y = small(device)
+    observer = ak.observe(model)
+    loss = squares(model(x), y)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    s = observer.statistics(gradient_scale=0.5)
+    assert_statistics(s, model, squares, torch.cat([x, x]), torch.cat([y, y]))
+
+
+def test_statistics_before_any_backward(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model)
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        observer.statistics()
+    train_on(model, squares, x, y)
+    observer.statistics()
+    observer.reset()
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        observer.statistics()
+
+
+def test_a_backward_pass_that_failed_leaves_no_trace(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model, coordinates=True)
+    out = model(x)
+    model[0].weight.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        squares(out, y).backward()
+    model.zero_grad()
+    observer.reset()
+    model[0].weight._backward_hooks.clear()
+    train_on(model, squares, x, y)
+    assert_statistics(observer.statistics(), model, squares, x, y)
+
+
+def test_reading_does_not_consume(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model, coordinates=True)
+    train_on(model, squares, x, y)
+    first, second = observer.statistics(), observer.statistics()
+    assert torch.equal(first.sample_norms_sq, second.sample_norms_sq)
+    assert first.variance == second.variance
+    assert all(
+        torch.equal(v, second.coordinate_variance[k]) for k, v in first.coordinate_variance.items()
+    )
+
+
+# The model while it is observed
+
+
+def test_an_observed_model_is_the_same_model(device: torch.device) -> None:
+    model, x, _ = small(device)
+    before, classes = model.state_dict(), [type(m) for m in model.modules()]
+    attributes = [set(vars(m)) for m in model.modules()]
+    text = repr(model)
+    expected = model(x)
+    observer = ak.observe(model, coordinates=True)
+    assert list(model.state_dict()) == list(before)
+    assert all(isinstance(m, c) for m, c in zip(model.modules(), classes, strict=True))
+    assert torch.equal(model(x), expected)
+    model.load_state_dict(before)
+    observer.detach()
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert repr(model) == text
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward(create_graph=False)
+    assert observer.micro_batches == 0
+
+
+def test_copies_and_pickles_are_plain(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model, coordinates=True)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ]
+    for other in copies:
+        assert [type(m) for m in other] == [
+            nn.Conv2d, nn.ReLU, nn.Flatten, nn.Linear, nn.Tanh, nn.Linear
+        ]  # fmt: skip
+        assert torch.equal(other(x), model(x))
+        assert not any(p is q for p, q in zip(model.parameters(), other.parameters(), strict=True))
+        train_on(other, squares, x, y)
+        assert observer.micro_batches == 0
+        second = ak.observe(other)
+        other.zero_grad()
+        train_on(other, squares, x, y)
+        assert_statistics(second.statistics(), other, squares, x, y)
+    train_on(model, squares, x, y)
+    assert_statistics(observer.statistics(), model, squares, x, y)
+
+
+def test_two_models_do_not_mix(device: torch.device) -> None:
+    (one, x, y), (other, *_) = small(device), small(device)
+    first, second = ak.observe(one), ak.observe(other)
+    (squares(one(x), y) + squares(other(x), y)).backward()
+    assert_statistics(first.statistics(), one, squares, x, y)
+    assert_statistics(second.statistics(), other, squares, x, y)
+
+
+def test_observing_again_after_detach(device: torch.device) -> None:
+    model, x, y = small(device)
+    ak.observe(model).detach()
+    observer = ak.observe(model)
+    train_on(model, squares, x, y)
+    assert_statistics(observer.statistics(), model, squares, x, y)
+
+
+def test_observing_twice_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    ak.observe(model)
+    with pytest.raises(ValueError, match="'0' is observed already"):
+        ak.observe(model)
+
+
+# What cannot be observed
+
+
+def test_unsupported_layers_are_named_with_the_ways_out() -> None:
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.shift = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(Custom()))
+    with pytest.raises(ak.UnsupportedLayerError) as error:
+        ak.observe(model)
+    for part in ("'1.0'", "Custom", "gain", "shift", "Linear", "requires_grad_(False)", "vmap"):
+        assert part in str(error.value)
+    assert type(model[0]) is nn.Linear  # nothing was attached
+    model[1].requires_grad_(False)
+    ak.observe(model).detach()
+
+
+def test_a_subclass_with_its_own_forward_is_unsupported() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(2 * input)
+
+    with pytest.raises(ak.UnsupportedLayerError, match=r"the model itself.*Doubled"):
+        ak.observe(Doubled(2, 2))
+
+
+def test_a_model_without_trainable_parameters() -> None:
+    for model in (nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)):
+        with pytest.raises(ValueError, match="no trainable parameters"):
+            ak.observe(model)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_layers() -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"'0' is lazy.*forward pass"):
+        ak.observe(model)
+    model(torch.ones(2, 5))
+    ak.observe(model)
+
+
+def test_arguments_out_of_range() -> None:
+    with pytest.raises(ValueError, match="fallback"):
+        ak.observe(nn.Linear(2, 2), fallback="skip")
+
+
+def test_inputs_without_a_sample_dimension(device: torch.device) -> None:
+    linear = nn.Linear(3, 2).to(device)
+    ak.observe(linear)
+    with pytest.raises(ValueError, match="no sample dimension"):
+        linear(torch.ones(3, device=device))
+    conv = nn.Conv2d(1, 2, 1).to(device)
+    ak.observe(conv)
+    with pytest.raises(ValueError, match="samples"):
+        conv(torch.ones(1, 4, 4, device=device))
+
+
+def test_coverage_prints_a_table() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    model[0].bias.requires_grad_(False)
+    coverage = ak.observe(model).coverage()
+    lines = str(coverage).splitlines()
+    assert len(lines) == 5
+    assert [line.split()[0] for line in lines[1:]] == [name for name, _ in model.named_parameters()]
+    assert "not measured: frozen" in lines[2]
