@@ -1,6 +1,7 @@
 # make train   train on scikit-learn's digits four ways and compare them, into runs/digits
 # make test    the whole test suite
 # make bench   the benchmarks
+# make check-gpu  on a machine with a GPU: builds, tests, measures, with $(PYTHON) as it is
 # make lint    style, formats, types        make format   put the formats right
 # make clean   remove what was compiled     make distclean   the environment, too
 #
@@ -20,7 +21,7 @@ COMPILED := $(VENV)/.compiled
 SOURCES := $(shell find csrc -type f)
 PYTHON_FILES := adagrad_kernels tests benchmarks tools setup.py
 
-.PHONY: train test bench lint format clean distclean
+.PHONY: train test bench check-gpu lint format clean distclean
 .DELETE_ON_ERROR:
 
 train: $(COMPILED)
@@ -31,6 +32,10 @@ test: $(COMPILED)
 
 bench: $(COMPILED)
 	$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+
+# No environment of its own, nothing downloaded: such a machine may have no network.
+check-gpu:
+	$(PYTHON) tools/check_gpu.py
 
 lint: $(COMPILED)
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -51,7 +56,7 @@ $(INSTALLED): pyproject.toml setup.py tools/build_backend.py
 	touch $@
 
 # After that only the kernels, and of those only what changed.
-$(COMPILED): $(INSTALLED) $(SOURCES)
+$(COMPILED): $(INSTALLED) $(SOURCES) tools/find_cuda.py
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 

@@ -4,31 +4,53 @@ during the backward pass.
 Three lines of a training loop change: the optimizer, the loader, nothing else.
 """
 
-from . import functional, ops
+from . import functional, ops, schedules
 from ._version import __version__
 from .attachment import UnsupportedLayerError
 from .batch_size import BatchSizeController
 from .config import show_config
-from .criteria import Decision, NormTest
+from .criteria import (
+    CABS,
+    AugmentedInnerProductTest,
+    Averaged,
+    CoordinateNormTest,
+    Decision,
+    InnerProductTest,
+    NoiseScaleTarget,
+    NormTest,
+    OrthogonalityTest,
+    epsilon_from_theta_nu,
+    theta_nu_from_epsilon,
+)
 from .data import AdaptiveDataLoader
 from .observer import Observer, observe
 from .optim import AdAdaGrad, AdAdaGradNorm, AdaptiveBatch
 from .statistics import GradientStatistics
 
 __all__ = [
+    "CABS",
     "AdAdaGrad",
     "AdAdaGradNorm",
     "AdaptiveBatch",
     "AdaptiveDataLoader",
+    "AugmentedInnerProductTest",
+    "Averaged",
     "BatchSizeController",
+    "CoordinateNormTest",
     "Decision",
     "GradientStatistics",
+    "InnerProductTest",
+    "NoiseScaleTarget",
     "NormTest",
     "Observer",
+    "OrthogonalityTest",
     "UnsupportedLayerError",
     "__version__",
+    "epsilon_from_theta_nu",
     "functional",
     "observe",
     "ops",
+    "schedules",
     "show_config",
+    "theta_nu_from_epsilon",
 ]

@@ -12,5 +12,7 @@ openmp: int
 """The value of _OPENMP (year and month of the standard), 0 without OpenMP."""
 instruction_sets: tuple[str, ...]
 """What the CPU kernels were compiled for; the processor decides which one runs."""
+cuda: str
+"""Whether the CUDA kernels were compiled, and by what, or why not."""
 cuda_archs: tuple[str, ...]
-"""The CUDA architectures that kernels were compiled for."""
+"""The CUDA architectures that kernels were compiled for, such as "sm_90"; compute_… is PTX."""

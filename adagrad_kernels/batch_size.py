@@ -1,18 +1,20 @@
-"""From suggestions to the next batch size: cap, growth limit, rounding, interval, smoothing."""
+"""From suggestions to the next batch size: cap, growth limit, rounding, interval, hysteresis."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from .criteria import UNBOUNDED, Decision
+from .criteria import Decision
+from .lr_policy import LRPolicy
+from .statistics import GradientStatistics
 
 
 class BatchSizeController:
-    """Holds the global batch size and grows it as the tests suggest. It never shrinks.
+    """Holds the global batch size and changes it as the tests suggest; by default it only grows.
 
     After a failed test with suggestion b⁺ the next batch has
-    min(max_batch_size, growth_limit · b, b⁺) samples, at least as many as before, rounded up to
+    min(max_batch_size, ⌈growth_limit · b⌉, b⁺) samples, at least as many as before, rounded up to
     what can be served: a multiple of `multiple_of`, and equal micro-batches of at most
     `max_micro_batch_size` samples once a loader has set that. (Rounded down where rounding up
     would pass the cap.)
@@ -21,18 +23,35 @@ class BatchSizeController:
         batch_size: b₀ ≥ 1, the first global batch. From 1 it cannot grow (one sample has no
             variance).
         max_batch_size: the cap, ≥ batch_size.
-        growth_limit: largest factor of one growth step, > 1; None for no limit.
+        growth_limit: largest factor of one change, > 1, before rounding up; None for no limit.
         multiple_of: batches are multiples of this; batch_size itself must be one.
         every: test every so many steps; the first step is tested.
         smoothing: weight in [0, 1) of the past in an exponential average of the suggestions;
             0, the default, takes each as it is.
+        patience: hysteresis: change after so many consecutive tests that all ask for it, by the
+            smallest of their suggestions; 1, the default, follows each test.
+        monotone: whether batches never shrink. False follows criteria that suggest fewer samples
+            (`CABS`).
+        min_batch_size: floor if monotone is False; 2 keeps the variance defined.
+        lr_policy: factor on the optimizer's learning rate as the batch grows, see `LRPolicy`:
+            None, "sqrt", "linear", "adascale" or "adascale_sqrt".
 
     Attributes:
         batch_size: samples of the next batch.
+        initial_batch_size: b₀, as it was served.
         max_micro_batch_size: largest micro-batch, or None; set by the loader.
+        samples: samples of all finished steps.
+        steps: finished steps.
 
     Raises:
         ValueError: for arguments out of range.
+
+    Example:
+        >>> controller = BatchSizeController(8, max_batch_size=100, multiple_of=4)
+        >>> controller.advance(Decision(passed=False, batch_size=21, ratio=21 / 8))
+        24
+        >>> controller.advance(Decision(passed=True, batch_size=24, ratio=0.9))
+        24
     """
 
     def __init__(
@@ -43,89 +62,148 @@ class BatchSizeController:
         multiple_of: int = 1,
         every: int = 1,
         smoothing: float = 0.0,
+        patience: int = 1,
+        monotone: bool = True,
+        min_batch_size: int = 2,
+        lr_policy: str | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if max_batch_size < batch_size:
+        self.batch_size = _count("batch_size", batch_size)
+        self.max_batch_size = _count("max_batch_size", max_batch_size)
+        if self.max_batch_size < self.batch_size:
             raise ValueError(
                 f"max_batch_size ({max_batch_size}) is smaller than batch_size ({batch_size})"
             )
         if growth_limit is not None and not growth_limit > 1:
             raise ValueError(f"growth_limit must be greater than 1, got {growth_limit}")
-        if multiple_of < 1 or batch_size % multiple_of:
+        self.multiple_of = _count("multiple_of", multiple_of)
+        if self.batch_size % self.multiple_of:
             raise ValueError(
                 f"batch_size ({batch_size}) must be a multiple of multiple_of ({multiple_of})"
             )
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
-        self.batch_size = int(batch_size)
-        self.max_batch_size = int(max_batch_size)
         self.growth_limit = growth_limit
-        self.multiple_of = multiple_of
-        self.every = every
+        self.every = _count("every", every)
         self.smoothing = smoothing
+        self.patience = _count("patience", patience)
+        self.monotone = monotone
+        self.min_batch_size = _count("min_batch_size", min_batch_size)
+        self.lr_policy = LRPolicy(lr_policy)
+        self.initial_batch_size = self.batch_size
         self.max_micro_batch_size: int | None = None
         self.steps = 0
+        self.samples = 0
         self._average: float | None = None
+        self._waiting: list[int] = []  # suggestions that agree and have not been followed yet
 
     @property
     def due(self) -> bool:
         """Whether the step now being finished is to be tested."""
         return self.steps % self.every == 0
 
-    def advance(self, decision: Decision | None) -> int:
-        """Ends a step, with the decision of its test if it was tested; returns the next size."""
+    @property
+    def lr_factor(self) -> float:
+        """The learning rate policy's factor for the present batch size."""
+        return self.lr_policy.factor(self.batch_size / self.initial_batch_size)
+
+    def advance(
+        self,
+        decision: Decision | None,
+        statistics: GradientStatistics | None = None,
+        samples: int | None = None,
+    ) -> int:
+        """Ends a step; returns the next batch size.
+
+        Args:
+            decision: of the step's test, None if it was not tested.
+            statistics: of the step, if it was tested, for the learning rate policy.
+            samples: of the step; the present batch size by default.
+        """
         self.steps += 1
+        self.samples += self.batch_size if samples is None else samples
+        if statistics is not None:
+            self.lr_policy.record(statistics, self.initial_batch_size)
         if decision is None or not decision.tested:
             return self.batch_size
-        suggestion = self._smooth(decision.batch_size)
+        keep = decision.passed and (self.monotone or decision.batch_size > self.batch_size)
+        suggestion = self._smooth(self.batch_size if keep else decision.batch_size)
+        suggestion = self._agreed(suggestion)
         if suggestion > self.batch_size:
-            if self.growth_limit is not None:
-                suggestion = min(suggestion, math.floor(self.growth_limit * self.batch_size))
-            target = max(self.batch_size, min(suggestion, self.max_batch_size))
-            self.batch_size = max(self.batch_size, self._servable(target))
+            self.batch_size = max(self.batch_size, self._servable(self._limited(suggestion)))
+        elif suggestion < self.batch_size and not self.monotone:
+            self.batch_size = min(self.batch_size, self._servable(self._limited(suggestion)))
         return self.batch_size
 
     def micro_batches(self) -> tuple[int, int]:
         """(m, M): the current batch as M equal micro-batches of m samples."""
-        return _split(self.batch_size, self.max_micro_batch_size, self.multiple_of, None)
+        split = _split(self.batch_size, self.max_micro_batch_size, self.multiple_of)
+        assert split is not None  # every batch size was made servable
+        return split
 
     def limit_micro_batches(self, max_micro_batch_size: int) -> None:
         """Called by a loader: from now on batches divide into equal micro-batches of this size."""
-        if max_micro_batch_size < 1:
-            raise ValueError(f"max_micro_batch_size must be at least 1, got {max_micro_batch_size}")
-        if max_micro_batch_size < self.multiple_of:
+        limit = _count("max_micro_batch_size", max_micro_batch_size)
+        if limit < self.multiple_of:
             raise ValueError(
                 f"max_micro_batch_size ({max_micro_batch_size}) is smaller than multiple_of "
                 f"({self.multiple_of})"
             )
-        self.max_micro_batch_size = max_micro_batch_size
+        self.max_micro_batch_size = limit
         self.batch_size = self._servable(self.batch_size)
+        if not self.steps:
+            self.initial_batch_size = self.batch_size
 
     def _smooth(self, suggestion: int) -> int:
         if not self.smoothing:
             return suggestion
         value = float(min(suggestion, self.max_batch_size))
         past = self._average if self._average is not None else float(self.batch_size)
-        self._average = self.smoothing * past + (1 - self.smoothing) * value
-        return min(math.ceil(self._average), UNBOUNDED)
+        self._average = past + (1 - self.smoothing) * (value - past)  # exact if they are equal
+        return math.ceil(self._average)
+
+    def _agreed(self, suggestion: int) -> int:
+        """The mildest of the last `patience` suggestions if all are on one side, otherwise b."""
+        b = self.batch_size
+        if suggestion == b or any((s > b) != (suggestion > b) for s in self._waiting):
+            self._waiting = []
+        if suggestion == b:
+            return b
+        self._waiting.append(suggestion)
+        if len(self._waiting) < self.patience:
+            return b
+        agreed = min(self._waiting) if suggestion > b else max(self._waiting)
+        self._waiting = []
+        return agreed
+
+    def _limited(self, suggestion: int) -> int:
+        b, limit = self.batch_size, self.growth_limit
+        most, least = self.max_batch_size, min(b, self.min_batch_size)
+        if limit is not None:
+            most, least = min(most, math.ceil(limit * b)), max(least, math.floor(b / limit))
+        return max(b if self.monotone else least, min(suggestion, most))
 
     def _servable(self, target: int) -> int:
-        size, count = _split(
-            target, self.max_micro_batch_size, self.multiple_of, self.max_batch_size
-        )
-        return size * count
+        """The least size from target on that divides into micro-batches, the next below the cap."""
+        multiple = self.multiple_of
+        first = -(-target // multiple) * multiple
+        for size in range(first, self.max_batch_size + 1, multiple):
+            if _split(size, self.max_micro_batch_size, multiple):
+                return size
+        size = min(first, self.max_batch_size // multiple * multiple)
+        while not _split(size, self.max_micro_batch_size, multiple):
+            size -= multiple
+        return size
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
         return {
             "batch_size": self.batch_size,
-            "max_batch_size": self.max_batch_size,
-            "max_micro_batch_size": self.max_micro_batch_size,
+            "initial_batch_size": self.initial_batch_size,
             "steps": self.steps,
+            "samples": self.samples,
             "average": self._average,
+            "waiting": list(self._waiting),
+            "lr_policy": self.lr_policy.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,30 +217,35 @@ class BatchSizeController:
                 f"the saved batch size {state['batch_size']} is larger than max_batch_size "
                 f"({self.max_batch_size})"
             )
-        self.batch_size = state["batch_size"]
+        self.batch_size = self._servable(state["batch_size"])
+        self.initial_batch_size = state["initial_batch_size"]
         self.steps = state["steps"]
+        self.samples = state["samples"]
         self._average = state["average"]
-        if self.max_micro_batch_size is not None:
-            self.batch_size = self._servable(self.batch_size)
+        self._waiting = list(state["waiting"])
+        self.lr_policy.load_state_dict(state["lr_policy"])
 
 
-def _split(target: int, limit: int | None, multiple: int, cap: int | None) -> tuple[int, int]:
-    """(m, M) with m ≤ limit, m a multiple, and m·M the least total ≥ target and ≤ cap.
+def _count(name: str, value: float) -> int:
+    """The value as an integer of at least 1."""
+    if value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
 
-    A few counts beyond the least are tried: 60000 is 120 micro-batches of 500, but 118 of at
-    most 512 cannot give it. Where every total passes the cap, the largest below it is taken.
+
+def _split(batch_size: int, limit: int | None, multiple: int) -> tuple[int, int] | None:
+    """(m, M): the batch as M equal micro-batches, m ≤ limit and a multiple; None if it has none.
+
+    A quarter more micro-batches than the least number are allowed: 60000 is 120 of 500, which
+    the 118 of at most 512 cannot give.
     """
-    limit = target if limit is None else min(limit, target)
-    largest = max(limit // multiple * multiple, multiple)
-    least = math.ceil(target / largest)
-    best: tuple[int, int] | None = None
+    if limit is None:
+        return batch_size, 1
+    least = -(-batch_size // (limit // multiple * multiple))
     for count in range(least, least + least // 4 + 2):
-        size = math.ceil(target / count / multiple) * multiple
-        if cap is not None and size * count > cap:
-            continue
-        if best is None or size * count < best[0] * best[1]:
-            best = size, count
-    if best is None:
-        size = target // least // multiple * multiple
-        best = (size, least) if size else (multiple, max(1, target // multiple))
-    return best
+        size, rest = divmod(batch_size, count)
+        if not rest and size and size % multiple == 0:
+            return size, count
+    return None

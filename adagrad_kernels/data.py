@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.data._utils.pin_memory import pin_memory as pin_memory_of
 
 from .batch_size import BatchSizeController
+from .stream import MicroBatch, SampleStream
 
 
 class HasController(Protocol):
@@ -22,13 +23,6 @@ class HasController(Protocol):
         ...
 
 
-class _MicroBatch(NamedTuple):
-    """One micro-batch of the plan: where it lies in the stream of samples."""
-
-    start: int
-    size: int
-
-
 class AdaptiveDataLoader:
     """Serves the micro-batches of batches whose size the controller may change at each step.
 
@@ -36,12 +30,14 @@ class AdaptiveDataLoader:
     the other. A batch takes the next `controller.batch_size` samples of the stream, as M equal
     micro-batches of at most `max_micro_batch_size`, so that mean losses weigh all samples alike.
     Batches may reach over the end of an epoch, so none is short. One pass of `for` serves the
-    batches up to the first batch end at or after the end of the epoch; it goes on where the last
-    pass, or a loaded state, left off, also in the middle of a batch.
+    batches up to the first batch end at or after the end of the epoch; the next pass goes on
+    where the last one left off, also in the middle of a batch. A loaded state goes on at the
+    beginning of the batch that was being served when it was saved, since the gradients that had
+    been accumulated are not part of any state: save after `opt.step()`.
 
     The order of the samples depends on `seed` alone, not on batch sizes, workers or
-    interruptions. Workers fetch ahead at the present batch size; when it changes, what they
-    fetched at the old one is dropped and fetched anew.
+    interruptions; torch's global random numbers are not used. Workers fetch ahead at the present
+    batch size; when it changes, what they fetched at the old one is dropped and fetched anew.
 
     Args:
         dataset: a map-style dataset with `len`.
@@ -55,10 +51,11 @@ class AdaptiveDataLoader:
 
     Attributes:
         samples: samples served so far.
+        epoch: complete passes over the dataset so far.
 
     Raises:
         TypeError: an iterable-style dataset.
-        ValueError: an empty dataset, or max_micro_batch_size < 1.
+        ValueError: an empty dataset, max_micro_batch_size < 1, or num_workers < 0.
 
     Example:
         >>> dataset = TensorDataset(torch.arange(10.0))
@@ -85,124 +82,64 @@ class AdaptiveDataLoader:
                 f"AdaptiveDataLoader needs a map-style dataset with a length, got "
                 f"{type(dataset).__name__}"
             )
-        self._length = len(cast(Sized, dataset))
-        if self._length == 0:
+        length = len(cast(Sized, dataset))
+        if length == 0:
             raise ValueError("the dataset is empty")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers}")
         if not isinstance(controller, BatchSizeController):
-            controller = controller.controller
+            controller = _controller_of(controller)
         controller.limit_micro_batches(max_micro_batch_size)
         self.dataset = dataset
         self.controller = controller
-        self.shuffle = shuffle
         self.num_workers = num_workers
-        self.seed = seed
-        self.samples = 0
-        self._batch: tuple[int, int] | None = None  # (m, micro-batches left) inside a batch
-        self._orders: dict[int, Tensor] = {}
-        fetch = _Fetch(dataset, collate_fn)
-        self._workers = (
-            DataLoader(
-                cast("Dataset[Any]", fetch),
+        self._stream = SampleStream(length, controller, shuffle, seed)
+        self._fetch = _Fetch(dataset, collate_fn)
+        self._pin_memory = pin_memory
+        self._workers: DataLoader[Any] | None = None
+        if num_workers:
+            self._workers = DataLoader(
+                cast("Dataset[Any]", self._fetch),
                 batch_size=None,
-                sampler=_Plan(self),
+                sampler=_Plan(self._stream),
                 num_workers=num_workers,
                 persistent_workers=True,
                 pin_memory=pin_memory,
+                generator=torch.Generator().manual_seed(seed),  # not the global one
             )
-            if num_workers
-            else None
-        )
-        self._fetch = fetch
-        self._pin_memory = pin_memory
+
+    @property
+    def samples(self) -> int:
+        """Samples served so far."""
+        return self._stream.samples
 
     @property
     def epoch(self) -> int:
         """Complete passes over the dataset so far."""
-        return self.samples // self._length
+        return self._stream.epoch
 
     def __len__(self) -> int:
         """Micro-batches of one epoch at the present batch size."""
         size, count = self.controller.micro_batches()
-        return -(-self._length // (size * count)) * count
+        return -(-self._stream.length // (size * count)) * count
 
     def __iter__(self) -> Iterator[Any]:
         """One epoch of micro-batches, from where the stream stands."""
-        end = (self.epoch + 1) * self._length
-        fetched = self._from_workers() if self._workers is not None else None
-        while self._batch is not None or self.samples < end:
-            if self._batch is None:
-                self._batch = self.controller.micro_batches()
-            size, left = self._batch
-            work = _MicroBatch(self.samples, size)
-            if fetched is None:
-                micro_batch = self._fetch[self.indices(work)]
-                if self._pin_memory:
-                    micro_batch = pin_memory_of(micro_batch)
-            else:
-                micro_batch = fetched(work)
-            self.samples += size
-            self._batch = (size, left - 1) if left > 1 else None
+        stream = self._stream
+        end = (stream.epoch + 1) * stream.length
+        fetch = self._fetch_here if self._workers is None else _from_workers(self._workers)
+        while stream.inside_batch or stream.samples < end:
+            micro_batch = fetch(stream.next())
+            stream.take()
             yield micro_batch
 
-    def indices(self, work: _MicroBatch) -> Tensor:
-        """The dataset indices of a stretch of the stream."""
-        parts = []
-        position, left = work
-        while left:
-            epoch, offset = divmod(position, self._length)
-            part = self._order(epoch)[offset : offset + left]
-            parts.append(part)
-            position, left = position + len(part), left - len(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            now = self.epoch
-            self._orders = {e: o for e, o in self._orders.items() if e >= now}
-            if self.shuffle:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order = torch.randperm(self._length, generator=generator)
-            else:
-                order = torch.arange(self._length)
-            self._orders[epoch] = order
-        return self._orders[epoch]
-
-    def plan(self) -> Iterator[_MicroBatch]:
-        """The micro-batches to come if the batch size stays as it is; endless."""
-        position, batch = self.samples, self._batch
-        while True:
-            size, count = batch or self.controller.micro_batches()
-            batch = None
-            for _ in range(count):
-                yield _MicroBatch(position, size)
-                position += size
-
-    def _from_workers(self) -> Callable[[_MicroBatch], Any]:
-        """A function that returns the asked-for micro-batch, starting over on a new plan."""
-        assert self._workers is not None
-        workers = self._workers
-        running = iter(workers)
-
-        def get(work: _MicroBatch) -> Any:
-            nonlocal running
-            planned, micro_batch = next(running)
-            if tuple(planned) != work:
-                running = iter(workers)  # persistent workers: drops what was fetched ahead
-                planned, micro_batch = next(running)
-            assert tuple(planned) == work
-            return micro_batch
-
-        return get
+    def _fetch_here(self, work: MicroBatch) -> Any:
+        micro_batch = self._fetch[self._stream.indices(work)]
+        return pin_memory_of(micro_batch) if self._pin_memory else micro_batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, also inside a batch."""
-        return {
-            "samples": self.samples,
-            "batch": self._batch,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "length": self._length,
-        }
+        """The position in the stream: the next batch, or the beginning of an unfinished one."""
+        return self._stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a saved position.
@@ -210,26 +147,47 @@ class AdaptiveDataLoader:
         Raises:
             ValueError: the state of a loader with another seed, order or dataset length.
         """
-        own = {"seed": self.seed, "shuffle": self.shuffle, "length": self._length}
-        for name, value in own.items():
-            if state[name] != value:
-                raise ValueError(
-                    f"the loader's state has {name}={state[name]!r}, this loader {value!r}: its "
-                    "samples would come in another order"
-                )
-        self.samples = state["samples"]
-        self._batch = tuple(state["batch"]) if state["batch"] is not None else None
-        self._orders = {}
+        self._stream.load_state_dict(state)
+
+
+def _from_workers(workers: DataLoader[Any]) -> Callable[[MicroBatch], Any]:
+    """A function that returns the asked-for micro-batch, starting over on a new plan."""
+    running = iter(workers)
+
+    def get(work: MicroBatch) -> Any:
+        nonlocal running
+        planned, micro_batch = next(running)
+        if tuple(planned) != work:
+            running = iter(workers)  # persistent workers: drops what was fetched ahead
+            planned, micro_batch = next(running)
+        assert tuple(planned) == work
+        return micro_batch
+
+    return get
+
+
+def _controller_of(optimizer: object) -> BatchSizeController:
+    controller = getattr(optimizer, "controller", None)
+    if not isinstance(controller, BatchSizeController):
+        raise TypeError(
+            "AdaptiveDataLoader needs an optimizer of this package or a BatchSizeController, got "
+            f"{type(optimizer).__name__}"
+        )
+    return controller
 
 
 class _Plan:
-    """The sampler of the worker processes: the planned micro-batches with their indices."""
+    """The sampler of the worker processes: the planned micro-batches with their indices.
 
-    def __init__(self, loader: AdaptiveDataLoader) -> None:
-        self._loader = loader
+    It holds the stream, not the loader: in a reference cycle with the worker processes, these
+    would be stopped by the garbage collector, which takes seconds a worker.
+    """
 
-    def __iter__(self) -> Iterator[tuple[_MicroBatch, Tensor]]:
-        return ((work, self._loader.indices(work)) for work in self._loader.plan())
+    def __init__(self, stream: SampleStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[tuple[MicroBatch, Tensor]]:
+        return ((work, self._stream.indices(work)) for work in self._stream.plan())
 
 
 class _Fetch:

@@ -50,5 +50,6 @@ PYBIND11_MODULE(_build, m) {
   m.attr("openmp") = 0L;
 #endif
   m.attr("instruction_sets") = instruction_sets();
-  m.attr("cuda_archs") = py::tuple();
+  m.attr("cuda") = ADAGRAD_KERNELS_CUDA;
+  m.attr("cuda_archs") = words(ADAGRAD_KERNELS_CUDA_ARCHS);
 }

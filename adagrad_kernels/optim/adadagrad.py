@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..criteria import Criterion, NormTest
-from .base import AdaptiveAdagrad
+from ..criteria import Criterion
+from .base import AdaptiveAdagrad, Work
 
 
 class AdAdaGrad(AdaptiveAdagrad):
@@ -24,7 +24,11 @@ class AdAdaGrad(AdaptiveAdagrad):
 
     Use `loss.backward(); opt.step(); opt.zero_grad()` after every micro-batch, with a loss that
     is a mean over its samples: `step` updates when `batch_size` samples have come together,
-    with the mean over the micro-batches, and `zero_grad` waits for that.
+    with the mean over the micro-batches, and `zero_grad` waits for that. Do not change the
+    gradients in between: the test compares them with those of the samples.
+
+    A loss that is not finite changes the weights as in torch, but not the batch size, and the
+    log (`logging`, "adagrad_kernels") says so.
 
     Args:
         model: the whole model; it is observed (see `observe`) from now on.
@@ -39,8 +43,8 @@ class AdAdaGrad(AdaptiveAdagrad):
         maximize: ascend.
         params: parameter groups as in torch, if not all parameters are alike; together they must
             hold every trainable parameter of the model.
-        **controller: `growth_limit`, `multiple_of`, `every`, `smoothing` of
-            `BatchSizeController`.
+        **controller: `growth_limit`, `lr_policy` and the other options of
+            `BatchSizeController`, and `fallback` of `observe`.
 
     Raises:
         ValueError: arguments out of range, or what `observe` raises.
@@ -80,7 +84,6 @@ class AdAdaGrad(AdaptiveAdagrad):
             "initial_accumulator_value": initial_accumulator_value,
             "maximize": maximize,
         }
-        criterion = criterion if criterion is not None else NormTest(0.1)
         super().__init__(
             model, lr, criterion, batch_size, max_batch_size, params, controller, defaults
         )
@@ -95,36 +98,40 @@ class AdAdaGrad(AdaptiveAdagrad):
             state["sum"] = torch.full_like(
                 p,
                 group["initial_accumulator_value"],
-                dtype=self._sum_dtype(p),
+                dtype=_sum_dtype(p),
                 memory_format=torch.preserve_format,
             )
         return state
 
-    def _update(self, gradient_scale: float) -> Tensor:
+    def _update(self, work: list[Work], gradient_scale: float) -> Tensor:
+        runs: dict[tuple[Any, ...], list[Work]] = {}
+        for w in work:
+            group = w.group
+            options = w.lr, group["eps"], group["weight_decay"], group["maximize"]
+            runs.setdefault(options, []).append(w)
         norms = []
-        for group in self.param_groups:
-            runs: dict[float, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
-            steps: list[Tensor] = []
-            lr, decay = float(group["lr"]), group["lr_decay"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self._init_state(p, group)
-                steps.append(state["step"])
-                rate = lr / (1 + float(state["step"]) * decay) if decay else lr
-                run = runs.get(rate)
-                if run is None:
-                    run = runs[rate] = ([], [], [])
-                run[0].append(p)
-                run[1].append(self._gradient(p))
-                run[2].append(state["sum"])
-            if steps:
-                torch._foreach_add_(steps, 1)
-            for rate, (params, grads, sums) in runs.items():
-                norm_sq, _ = ops.adagrad_(
-                    params, grads, sums, lr=rate, eps=group["eps"],
-                    weight_decay=group["weight_decay"], maximize=group["maximize"],
-                    grad_scale=gradient_scale,
-                )  # fmt: skip
-                norms.append(norm_sq)
+        for (lr, eps, weight_decay, maximize), run in runs.items():
+            norm_sq, _ = ops.adagrad_(
+                [w.param for w in run], [w.grad for w in run], [w.state["sum"] for w in run],
+                lr=lr, eps=eps, weight_decay=weight_decay, maximize=maximize,
+                grad_scale=gradient_scale,
+            )  # fmt: skip
+            norms.append(norm_sq)
+        torch._foreach_add_([w.state["step"] for w in work], 1)
         return norms[0] if len(norms) == 1 else torch.stack(norms).sum()
+
+    def _check_sum(self, p: Tensor, saved: Tensor) -> None:
+        if saved.shape != p.shape:
+            raise ValueError(
+                f"the state is of another model or optimizer: parameter {self._name(p)!r} has "
+                f"shape {list(p.shape)}, its saved accumulator {list(saved.shape)}"
+            )
+
+    def _restore_sum(self, p: Tensor, saved: Tensor) -> None:
+        """In this parameter's layout, in float32 or better."""
+        own = torch.empty_like(p, dtype=_sum_dtype(p), memory_format=torch.preserve_format)
+        self.state[p]["sum"] = own.copy_(saved)
+
+
+def _sum_dtype(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..criteria import Criterion, NormTest
-from .base import AdaptiveAdagrad
+from ..criteria import Criterion
+from .base import AdaptiveAdagrad, Work
 
 
 class AdAdaGradNorm(AdaptiveAdagrad):
@@ -66,61 +66,50 @@ class AdAdaGradNorm(AdaptiveAdagrad):
             "initial_accumulator_value": initial_accumulator_value,
             "maximize": maximize,
         }
-        criterion = criterion if criterion is not None else NormTest(0.1)
+        self.accumulator = torch.tensor(initial_accumulator_value, dtype=torch.float64)
         super().__init__(
             model, lr, criterion, batch_size, max_batch_size, params, controller, defaults
         )
-        device = next(iter(self.param_groups[0]["params"])).device
-        self.accumulator = torch.tensor(
-            initial_accumulator_value, dtype=torch.float64, device=device
-        )
+        self.accumulator = self.accumulator.to(self.param_groups[0]["params"][0].device)
         for group in self.param_groups:
             for p in group["params"]:
-                self._init_state(p)
+                self._init_state(p, group)
 
-    def _init_state(self, p: Tensor) -> dict[str, Any]:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; eps and maximize must be those of the other groups."""
+        super().add_param_group(param_group)
+        first, last = self.param_groups[0], self.param_groups[-1]
+        for name in ("eps", "maximize"):
+            if first[name] != last[name]:
+                self.param_groups.pop()
+                raise ValueError(f"AdAdaGradNorm: {name} must be the same in all param groups")
+
+    def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["sum"] = self.accumulator
         return state
 
-    def _update(self, gradient_scale: float) -> Tensor:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        rates: list[float] = []
-        decays: list[float] = []
-        steps: list[Tensor] = []
-        common = self.param_groups[0]
-        for group in self.param_groups:
-            if (group["eps"], group["maximize"]) != (common["eps"], common["maximize"]):
-                raise ValueError("AdAdaGradNorm: eps and maximize must be the same in all groups")
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                step = self._init_state(p)["step"]
-                params.append(p)
-                grads.append(self._gradient(p))
-                rates.append(float(group["lr"]) / (1 + float(step) * group["lr_decay"]))
-                decays.append(float(group["weight_decay"]))
-                steps.append(step)
-        torch._foreach_add_(steps, 1)
+    def _update(self, work: list[Work], gradient_scale: float) -> Tensor:
+        group = self.param_groups[0]
         norm_sq, _ = ops.adagrad_norm_(
-            params, grads, self.accumulator, lr=rates, eps=common["eps"], weight_decay=decays,
-            maximize=common["maximize"], grad_scale=gradient_scale,
+            [w.param for w in work], [w.grad for w in work], self.accumulator,
+            lr=[w.lr for w in work], eps=group["eps"],
+            weight_decay=[float(w.group["weight_decay"]) for w in work],
+            maximize=group["maximize"], grad_scale=gradient_scale,
         )  # fmt: skip
+        torch._foreach_add_([w.state["step"] for w in work], 1)
         return norm_sq
 
-    def _restore_precision(self, state_dict: dict[str, Any]) -> None:
-        """All parameters share the one accumulator again, in float64."""
-        sums = [s["sum"] for s in state_dict["state"].values() if "sum" in s]
-        if any(value.numel() != 1 for value in sums):
+    def _check_sum(self, p: Tensor, saved: Tensor) -> None:
+        if saved.numel() != 1:
             raise ValueError(
                 "AdAdaGradNorm: the state holds an accumulator for each coordinate; it is that of "
                 "AdAdaGrad or torch.optim.Adagrad"
             )
-        if sums:
-            self.accumulator.copy_(sums[0].double().reshape(()))
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._init_state(p)["sum"] = self.accumulator
+
+    def _restore_sum(self, p: Tensor, saved: Tensor) -> None:
+        """The one accumulator again for all parameters, in float64."""
+        self.accumulator.copy_(saved.reshape(()))
+        self.state[p]["sum"] = self.accumulator

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..criteria import Criterion, NormTest
-from .cycle import BatchCycle, Cycled
+from ..criteria import Criterion
+from .cycle import BatchCycle
+from .cycled import Cycled
 
 
 class AdaptiveBatch(Cycled):
@@ -27,8 +28,8 @@ class AdaptiveBatch(Cycled):
         criterion: the test, `NormTest(0.1)` by default.
         batch_size: first global batch size.
         max_batch_size: its cap; equal to batch_size, the batch is fixed and only measured.
-        **controller: `growth_limit`, `multiple_of`, `every`, `smoothing` of
-            `BatchSizeController`.
+        **controller: `growth_limit`, `lr_policy` and the other options of
+            `BatchSizeController`, and `fallback` of `observe`.
 
     Attributes:
         optimizer: the inner optimizer.
@@ -54,28 +55,51 @@ class AdaptiveBatch(Cycled):
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
-        criterion = criterion if criterion is not None else NormTest(0.1)
+        if criterion is not None and "accumulators" in criterion.needs:
+            raise ValueError(f"{criterion!r} needs the accumulators of AdAdaGrad or AdAdaGradNorm")
         self.cycle = BatchCycle(model, criterion, batch_size, max_batch_size, **controller)
         self.optimizer = optimizer
+        try:
+            self.cycle.check_groups(optimizer.param_groups)
+        except Exception:
+            self.cycle.observer.detach()
+            raise
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's parameter groups."""
         return self.optimizer.param_groups
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates and tests when the batch is complete, otherwise only counts the micro-batch."""
-        loss = closure() if closure is not None else None
-        if not self.cycle.complete():
-            return loss
-        self.cycle.measure()
-        scale = self.cycle.gradient_scale
+    def step(self, closure: Callable[[], Any] | None = None, loss: Any = None) -> Any:
+        """Updates and tests when the batch is complete, otherwise only counts the micro-batch.
+
+        Arguments and errors are those of `AdAdaGrad.step`.
+        """
+        result = None
+        if closure is not None:
+            loss = result = closure()
+        if not self.cycle.complete(self.param_groups, loss, self._given_loss_scale()):
+            return result
+        factor, scale = self.cycle.controller.lr_factor, self.cycle.gradient_scale
+        self.cycle.finish(lr=float(self.param_groups[0]["lr"]) * factor)
         if scale != 1:
             grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-            torch._foreach_mul_(grads, scale)
-        self.optimizer.step()
-        self.cycle.advance()
-        return loss
+            torch._foreach_mul_(grads, scale)  # also takes a loss scale out
+        self._inner_step(factor)
+        return result
+
+    def _inner_step(self, lr_factor: float) -> None:
+        if lr_factor == 1:
+            self.optimizer.step()
+            return
+        rates = [group["lr"] for group in self.param_groups]
+        try:
+            for group in self.param_groups:
+                group["lr"] = group["lr"] * lr_factor
+            self.optimizer.step()
+        finally:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch, but does nothing while a batch is being accumulated."""
@@ -87,6 +111,7 @@ class AdaptiveBatch(Cycled):
         return {"optimizer": self.optimizer.state_dict(), "adaptive": self.cycle.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores `state_dict()`."""
+        """Restores `state_dict()`; gradients that had been accumulated are cleared."""
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.cycle.load_state_dict(state_dict["adaptive"])
+        self.zero_grad()

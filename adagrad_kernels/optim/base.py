@@ -2,88 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..criteria import Criterion
-from .cycle import BatchCycle, Cycled, named_trainable
+from .cycle import BatchCycle, named_trainable
+from .cycled import Cycled
+
+OPTIONS = ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
+
+
+class Work(NamedTuple):
+    """One parameter to be updated, with its group, gradient and learning rate lr_k."""
+
+    group: dict[str, Any]
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    lr: float
 
 
 class AdaptiveAdagrad(Cycled, Optimizer):
-    """Base class: subclasses implement `_update(gradient_scale) -> ‖ḡ‖²`."""
+    """Base class: subclasses implement `_init_state(p, group)` and `_update(work, scale)`."""
 
     def __init__(
         self,
         model: nn.Module,
         lr: float,
-        criterion: Criterion,
+        criterion: Criterion | None,
         batch_size: int,
         max_batch_size: int,
         params: Iterable[Any] | None,
         controller_options: dict[str, Any],
         defaults: dict[str, Any],
     ) -> None:
-        for name, value in {"lr": lr, **defaults}.items():
-            if not isinstance(value, bool) and not value >= 0:
-                raise ValueError(f"{type(self).__name__}: invalid {name}: {value}")
+        self._check_options({"lr": lr, **defaults})
         # The remaining keys are torch.optim.Adagrad's, so that param_groups fit it.
         torch_keys = {"foreach": None, "differentiable": False, "fused": None}
-        cycle = BatchCycle(model, criterion, batch_size, max_batch_size, **controller_options)
-        self.cycle = cycle
+        self.cycle = BatchCycle(model, criterion, batch_size, max_batch_size, **controller_options)
         self._model = model
         chosen = params if params is not None else (p for _, p in named_trainable(model))
-        Optimizer.__init__(self, chosen, {"lr": lr, **defaults, **torch_keys})
-        self._check_groups()
+        try:
+            Optimizer.__init__(self, chosen, {"lr": lr, **defaults, **torch_keys})
+            self.cycle.check_groups(self.param_groups)
+        except Exception:
+            self.cycle.observer.detach()
+            raise
 
-    def _check_groups(self) -> None:
-        """The gradient that is tested must be the gradient that is followed."""
-        held = {id(p) for group in self.param_groups for p in group["params"]}
-        for name, p in named_trainable(self._model):
-            if id(p) not in held:
+    def _check_options(self, options: dict[str, Any]) -> None:
+        for name in OPTIONS:
+            if name in options and not options[name] >= 0:
+                raise ValueError(f"{type(self).__name__}: invalid {name}: {options[name]}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the parameters must be the model's, for example unfrozen ones."""
+        self._check_options(param_group)
+        super().add_param_group(param_group)
+        own = {id(p) for p in self._model.parameters()}
+        for p in self.param_groups[-1]["params"]:
+            if id(p) not in own:
+                self.param_groups.pop()
                 raise ValueError(
-                    f"parameter {name!r} is trainable but in none of the param groups: add it, "
-                    "or freeze it with requires_grad_(False)"
+                    f"the param group holds a parameter of shape {list(p.shape)} that does not "
+                    "belong to the model"
                 )
-            held.discard(id(p))
-        strangers = [
-            p for g in self.param_groups for p in g["params"] if id(p) in held and p.requires_grad
-        ]
-        if strangers:
-            raise ValueError(
-                f"a param group holds a parameter of shape {list(strangers[0].shape)} that does "
-                "not belong to the model"
-            )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, loss: Any = None
+    ) -> Any:
         """Updates and tests when the batch is complete, otherwise only counts the micro-batch.
+
+        Where it raises, weights and accumulators have not changed, and what had been accumulated
+        is forgotten: call `zero_grad()` and go on.
+
+        With a `torch.amp.GradScaler`, call `scaler.step(opt)` and `scaler.update()` after every
+        micro-batch. A batch whose gradients overflow changes neither weights and accumulators nor
+        the batch size.
 
         Args:
             closure: computes the loss and its gradients; called once.
+            loss: the micro-batch's mean loss, for criteria that look at it (`CABS`).
 
         Raises:
             RuntimeError: no backward pass since the last step, gradients that were not zeroed,
                 micro-batches of different sizes, and what `Observer.statistics` raises.
         """
-        loss = None
+        result = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
-        if self.cycle.complete():
-            self.cycle.measure(self._update(self.cycle.gradient_scale))
-            self.cycle.advance()
-        return loss
+                loss = result = closure()
+        if self.cycle.complete(self.param_groups, loss, self._given_loss_scale()):
+            scale = self.cycle.gradient_scale
+            work = list(self._work())
+            norm_sq = self._update(work, scale)
+            accumulators = None
+            if "accumulators" in self.cycle.criterion.needs:
+                sums = {id(w.param): w.state["sum"] for w in work}
+                named = self.cycle.observer.parameters()
+                accumulators = {name: sums[id(p)] for name, p in named if id(p) in sums}
+            self.cycle.finish(norm_sq, work[0].lr, accumulators)
+        return result
+
+    def _work(self) -> Iterator[Work]:
+        factor = self.cycle.controller.lr_factor
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or not p.requires_grad:
+                    continue  # frozen: an old gradient is not followed
+                state = self._init_state(p, group)
+                rate = float(group["lr"]) * factor
+                if group["lr_decay"]:
+                    rate /= 1 + float(state["step"]) * group["lr_decay"]
+                yield Work(group, p, p.grad, state, rate)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch, but does nothing while a batch is being accumulated."""
         if self.cycle.may_zero():
             super().zero_grad(set_to_none)
 
-    def _update(self, gradient_scale: float) -> Tensor:
+    def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """state[p] with "step" and "sum", made where it is missing."""
+        raise NotImplementedError
+
+    def _update(self, work: list[Work], gradient_scale: float) -> Tensor:
+        """Updates the parameters and returns ‖ḡ‖²."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,53 +142,47 @@ class AdaptiveAdagrad(Cycled, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict()`, also one of `torch.optim.Adagrad` (the batch size stays then).
 
+        Gradients that had been accumulated are cleared.
+
         Raises:
-            ValueError: the state of another model: groups or shapes that do not fit.
+            ValueError: the state of another model or optimizer: groups or shapes that do not fit,
+                or a batch size above this optimizer's cap. Nothing has changed then.
         """
-        self._check_shapes(state_dict)
-        super().load_state_dict(state_dict)
-        self._restore_precision(state_dict)
+        saved = self._saved_sums(state_dict)
+        for p, value in saved:
+            self._check_sum(p, value)
         if "adaptive" in state_dict:
             self.cycle.load_state_dict(state_dict["adaptive"])
+        super().load_state_dict(state_dict)
+        for p, value in saved:  # torch has cast them to the parameter's dtype
+            self._restore_sum(p, value)
+        self.cycle.forget()
+        self.zero_grad()
 
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        own = [p for group in self.param_groups for p in group["params"]]
-        names = {id(p): name for name, p in self._model.named_parameters()}
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        if len(own) != len(indices):
+    def _saved_sums(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, saved accumulator), after checking that the groups fit."""
+        groups = state_dict["param_groups"]
+        own = [len(group["params"]) for group in self.param_groups]
+        theirs = [len(group["params"]) for group in groups]
+        if own != theirs:
             raise ValueError(
-                f"the state is of another model: it holds {len(indices)} parameters, this one "
-                f"has {len(own)}"
+                f"the state is of another model: its param groups hold {theirs} parameters, "
+                f"those of this one {own}"
             )
-        for p, index in zip(own, indices, strict=True):
-            saved = state_dict["state"].get(index, {}).get("sum")
-            if isinstance(saved, Tensor) and saved.dim() and saved.shape != p.shape:
-                raise ValueError(
-                    f"the state is of another model: parameter {names.get(id(p), index)!r} has "
-                    f"shape {list(p.shape)}, its saved accumulator {list(saved.shape)}"
-                )
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in groups for i in group["params"]]
+        states = state_dict["state"]
+        return [
+            (p, states[i]["sum"])
+            for p, i in zip(params, indices, strict=True)
+            if "sum" in states.get(i, {})
+        ]
 
-    def _restore_precision(self, state_dict: dict[str, Any]) -> None:
-        """torch casts loaded state to the parameter's dtype; accumulators stay float32."""
-        own = [p for group in self.param_groups for p in group["params"]]
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for p, index in zip(own, indices, strict=True):
-            saved = state_dict["state"].get(index, {}).get("sum")
-            if isinstance(saved, Tensor):
-                self.state[p]["sum"] = saved.to(
-                    p.device, self._sum_dtype(p), copy=True, memory_format=torch.preserve_format
-                )
+    def _check_sum(self, p: Tensor, saved: Tensor) -> None:
+        raise NotImplementedError
 
-    @staticmethod
-    def _sum_dtype(p: Tensor) -> torch.dtype:
-        return torch.float64 if p.dtype == torch.float64 else torch.float32
+    def _restore_sum(self, p: Tensor, saved: Tensor) -> None:
+        raise NotImplementedError
 
-    def _gradient(self, p: Tensor) -> Tensor:
-        assert p.grad is not None
-        if p.grad.is_sparse:
-            name = next(n for n, q in self._model.named_parameters() if q is p)
-            raise RuntimeError(
-                f"parameter {name!r} has a sparse gradient, which is not supported: build its "
-                "layer with sparse=False"
-            )
-        return p.grad
+    def _name(self, p: Tensor) -> str:
+        return next(name for name, q in self._model.named_parameters() if q is p)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..batch_size import BatchSizeController
-from ..criteria import Criterion, Decision
+from ..criteria import Criterion, Decision, NormTest, StatefulCriterion
 from ..observer import observe
 from ..statistics import GradientStatistics
 
 logger = logging.getLogger("adagrad_kernels")
+
+LossScale = tuple[Tensor, Tensor]
+"""A GradScaler's factor on the loss, and whether any gradient is not finite (> 0)."""
 
 
 class BatchCycle:
@@ -22,18 +27,20 @@ class BatchCycle:
 
     Args:
         model: observed from now on.
-        criterion: the test.
+        criterion: the test, `NormTest(0.1)` if None.
         batch_size: first global batch size.
         max_batch_size: its cap.
+        fallback: see `observe`.
         options: further arguments of `BatchSizeController`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        criterion: Criterion,
+        criterion: Criterion | None,
         batch_size: int,
         max_batch_size: int,
+        fallback: str = "error",
         **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -42,23 +49,61 @@ class BatchCycle:
                 "observes the model's layers, parameters alone do not do"
             )
         self.controller = BatchSizeController(batch_size, max_batch_size, **options)
-        self.criterion = criterion
+        self.criterion = criterion if criterion is not None else NormTest(0.1)
+        stateful = isinstance(self.criterion, StatefulCriterion)
+        self._memory = cast(StatefulCriterion, self.criterion) if stateful else None
         self.observer = observe(
             model,
-            coordinates="coordinates" in criterion.needs,
-            inner_products="inner_products" in criterion.needs,
+            coordinates="coordinates" in self.criterion.needs,
+            inner_products="inner_products" in self.criterion.needs,
+            fallback=fallback,
         )
         self.statistics: GradientStatistics | None = None
         self.decision: Decision | None = None
         self.updated = False
         self._counted = 0
+        self._losses: list[Tensor] = []
+        self._loss_scales: list[LossScale] = []
+        self._loss_scale = 1.0
+        self._measured: GradientStatistics | None = None
         self._zeroed = True
         self._last_grad: weakref.ref[Tensor] | None = None
-        if batch_size == 1 < max_batch_size:
+        if self.controller.batch_size == 1 < self.controller.max_batch_size:
             logger.warning("batch_size=1 never grows: one sample has no variance; start from 2")
 
-    def complete(self) -> bool:
-        """Called by step(): counts what was backpropagated; True when the batch is complete."""
+    def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The gradient that is tested must be the gradient that is followed.
+
+        Raises:
+            ValueError: a trainable parameter of the model in no group, or a parameter in a group
+                that is not the model's.
+        """
+        held = {id(p) for group in groups for p in group["params"]}
+        for name, p in self.observer.model.named_parameters():
+            if p.requires_grad and id(p) not in held:
+                raise ValueError(
+                    f"parameter {name!r} is trainable but in none of the param groups: add it, "
+                    "or freeze it with requires_grad_(False)"
+                )
+        own = {id(p) for p in self.observer.model.parameters()}
+        strangers = [p for group in groups for p in group["params"] if id(p) not in own]
+        if strangers:
+            raise ValueError(
+                f"a param group holds a parameter of shape {list(strangers[0].shape)} that does "
+                "not belong to the model"
+            )
+
+    def complete(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        loss: Any = None,
+        loss_scale: LossScale | None = None,
+    ) -> bool:
+        """Called by step(): counts what was backpropagated; True when the batch is complete.
+
+        Everything that is known to be wrong is raised here, before the weights change; what had
+        been accumulated is then forgotten. So it is where the loss scale was too large.
+        """
         observer = self.observer
         self.updated = False
         if observer.micro_batches == self._counted:
@@ -68,56 +113,142 @@ class BatchCycle:
             )
         if self._counted == 0:
             self._check_zeroed()
-        self._counted = observer.micro_batches
-        rows = observer.rows()
-        total = sum(rows)
-        if len(rows) > 1 and rows[-1] != rows[0]:
-            raise RuntimeError(
-                f"micro-batches of {rows[0]} and {rows[-1]} samples in one batch of "
-                f"{self.controller.batch_size}: with mean losses their samples would have "
-                "different weights. Use AdaptiveDataLoader, or drop_last=True"
+        try:
+            self._count_loss(loss, observer.micro_batches - self._counted)
+            observer.check()
+            rows = observer.rows()
+            if rows[-1] != rows[0]:
+                raise RuntimeError(
+                    f"micro-batches of {rows[0]} and {rows[-1]} samples in one batch of "
+                    f"{self.controller.batch_size}: with mean losses their samples would have "
+                    "different weights. Use AdaptiveDataLoader, or drop_last=True"
+                )
+            self._counted = observer.micro_batches
+            if loss_scale is not None:
+                self._loss_scales.append(loss_scale)
+            if sum(rows) < self.controller.batch_size:
+                return False
+            if not self._settle_loss_scale():
+                self.forget()
+                return False
+            self._check_followed(groups)
+            if self.controller.due and "inner_products" in self.criterion.needs:
+                # Now, since they may depend on the weights, which are about to change.
+                self._measured = self.observer.statistics(None, self.gradient_scale)
+        except Exception:
+            self.forget()
+            raise
+        return True
+
+    def _count_loss(self, loss: Any, micro_batches: int) -> None:
+        if loss is not None:
+            self._losses += [torch.as_tensor(loss).detach()] * micro_batches
+        elif "loss" in self.criterion.needs:
+            raise ValueError(
+                f"{type(self.criterion).__name__} needs the loss: call opt.step(loss=loss)"
             )
-        return total >= self.controller.batch_size
+
+    def _settle_loss_scale(self) -> bool:
+        """Reads the scale of the complete batch; False if its gradients are of no use."""
+        if not self._loss_scales:
+            return True
+        scales = [float(scale) for scale, _ in self._loss_scales]
+        self._loss_scale = scales[-1]
+        if self._loss_scales[-1][1]:
+            return False
+        if len(set(scales)) > 1:
+            logger.warning("a batch is left out: the loss scale changed in the middle of it")
+            return False
+        return True
+
+    def _check_followed(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        held = {id(p) for group in groups for p in group["params"]}
+        gradients = False
+        for name, p in self.observer.parameters():
+            if p.grad is None:
+                continue
+            gradients = True
+            if id(p) not in held:
+                raise RuntimeError(
+                    f"parameter {name!r} has a gradient but is in none of the param groups: call "
+                    "opt.add_param_group after unfreezing it"
+                )
+            if p.grad.is_sparse:
+                raise RuntimeError(
+                    f"parameter {name!r} has a sparse gradient, which is not supported: build its "
+                    "layer with sparse=False"
+                )
+        if not gradients:
+            raise RuntimeError("step() without gradients: they were cleared after backward()")
 
     @property
     def gradient_scale(self) -> float:
-        """1/M: the mean over the M micro-batches of the batch."""
-        return 1.0 / self._counted
+        """1/M: the mean over the M micro-batches of the batch; less the loss scale, if any."""
+        return 1.0 / (self._counted * self._loss_scale)
 
-    def measure(self, grad_norm_sq: Tensor | None = None) -> None:
-        """Statistics and decision of the complete batch, if its step is to be tested.
+    def finish(
+        self,
+        grad_norm_sq: Tensor | None = None,
+        lr: float | None = None,
+        accumulators: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Tests the complete batch, if that is due, sets the next size and starts counting anew.
 
         Args:
             grad_norm_sq: ‖ḡ‖² where the update has computed it; otherwise read from `.grad`.
+            lr: learning rate of the step, for criteria that look at it.
+            accumulators: by parameter name, likewise.
         """
-        if not self.controller.due:
-            return
-        self.statistics = self.observer.statistics(grad_norm_sq, self.gradient_scale)
-        self.decision = self.criterion.evaluate(self.statistics)
-        if not self.decision.tested and self.statistics.batch_size > 1:
-            size, reason = self.controller.batch_size, self.decision.reason
-            logger.warning("the batch size stays at %d: %s", size, reason)
-
-    def advance(self) -> None:
-        """Ends the batch: sets the next batch size and starts counting anew."""
         controller = self.controller
-        controller.advance(self.decision if controller.due else None)
+        samples = sum(self.observer.rows())
+        try:
+            if controller.due:
+                statistics = self._measured
+                if statistics is None:
+                    statistics = self.observer.statistics(grad_norm_sq, self.gradient_scale)
+                loss = float(torch.stack(self._losses).mean()) if self._losses else None
+                statistics = replace(statistics, loss=loss, lr=lr, accumulators=accumulators)
+                self.decision = self._test(statistics)
+                self.statistics = statistics
+                controller.advance(self.decision, statistics, samples)
+            else:
+                controller.advance(None, None, samples)
+        finally:
+            self.forget()
+        self.updated = True
+
+    def _test(self, statistics: GradientStatistics) -> Decision:
+        decision = self.criterion.evaluate(statistics)
+        if self._memory is not None:
+            self._memory.record(statistics)
+        if not decision.tested and statistics.batch_size > 1:
+            size, reason = self.controller.batch_size, decision.reason
+            logger.warning("the batch size stays at %d: %s", size, reason)
+        return decision
+
+    def forget(self) -> None:
+        """Starts counting anew; the gradients are to be zeroed before the next step."""
         self.observer.reset()
         self._counted = 0
+        self._losses = []
+        self._loss_scales = []
+        self._loss_scale = 1.0
+        self._measured = None
         self._zeroed = False
         grad = self._some_grad()
         self._last_grad = weakref.ref(grad) if grad is not None else None
-        self.updated = True
 
     def may_zero(self) -> bool:
         """Called by zero_grad(): False while a batch is being accumulated."""
         if self._counted:
             return False
+        if self.observer.micro_batches:  # of a backward pass that step() was not told of
+            self.observer.reset()
         self._zeroed = True
         return True
 
     def _some_grad(self) -> Tensor | None:
-        return next((p.grad for _, p in self.observer.parameters() if p.grad is not None), None)
+        return next((p.grad for p in self.observer.model.parameters() if p.grad is not None), None)
 
     def _check_zeroed(self) -> None:
         last = self._last_grad() if self._last_grad is not None else None
@@ -127,46 +258,18 @@ class BatchCycle:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The controller's state."""
-        return {"controller": self.controller.state_dict()}
+        """The state of controller and criterion."""
+        state: dict[str, Any] = {"controller": self.controller.state_dict()}
+        if self._memory is not None:
+            state["criterion"] = self._memory.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`; what had been accumulated is forgotten."""
         self.controller.load_state_dict(state["controller"])
-        self.observer.reset()
-        self._counted = 0
-        self._zeroed = True
-
-
-class Cycled:
-    """What the optimizers show of their cycle."""
-
-    cycle: BatchCycle
-
-    @property
-    def batch_size(self) -> int:
-        """Global batch size of the next batch (of this one, while it is accumulated)."""
-        return self.cycle.controller.batch_size
-
-    @property
-    def controller(self) -> BatchSizeController:
-        """What holds and grows the batch size; loaders take it."""
-        return self.cycle.controller
-
-    @property
-    def statistics(self) -> GradientStatistics | None:
-        """Statistics of the last tested step, None before."""
-        return self.cycle.statistics
-
-    @property
-    def decision(self) -> Decision | None:
-        """What the test said of the last tested step, None before."""
-        return self.cycle.decision
-
-    @property
-    def updated(self) -> bool:
-        """Whether the last step() completed a batch and updated the weights."""
-        return self.cycle.updated
+        if self._memory is not None and "criterion" in state:
+            self._memory.load_state_dict(state["criterion"])
+        self.forget()
 
 
 def named_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -71,6 +71,15 @@ LayerGrads conv_weight_grad_cpu(const Tensor& grad_out_any, const Tensor& input_
     const int64_t row = (c * padded[0] + kf * dilation[0]) * padded[1] + kh * dilation[1];
     base[m] = row * padded[2] + kw * dilation[2];
   }
+  std::vector<int64_t> position;
+  for (int64_t f = 0; f < grad_out.size(2); ++f) {
+    for (int64_t h = 0; h < grad_out.size(3); ++h) {
+      const int64_t row = f * stride[0] * padded[1] + h * stride[1];
+      for (int64_t w = 0; w < grad_out.size(4); ++w) {
+        position.push_back(row * padded[2] + w * stride[2]);
+      }
+    }
+  }
   const auto output = [&](bool wanted, const std::vector<int64_t>& shape) {
     return new_zeros(grad_out, wanted ? shape : std::vector<int64_t>{0});
   };
@@ -106,10 +115,8 @@ LayerGrads conv_weight_grad_cpu(const Tensor& grad_out_any, const Tensor& input_
     a.width = padded[2];
     a.base = base.data();
     a.members = members;
-    for (int64_t d = 0; d < 3; ++d) a.count[d] = grad_out.size(2 + d);
-    a.step[0] = stride[0] * padded[1] * padded[2];
-    a.step[1] = stride[1] * padded[2];
-    a.step[2] = stride[2];
+    a.position = position.data();
+    a.positions = static_cast<int64_t>(position.size());
     std::vector<double> norms(samples, 0.0);
     run_weight_grad(a, groups, samples, true, coordinates, out, norms);
     fill_probe<T>(probe, samples, [&](int64_t i) { return static_cast<T>(norms[i]); });

@@ -127,8 +127,8 @@ struct WeightGrad {
   int64_t pad_front, pad_top, pad_left, depth, height, width;  // of the packed image
   const int64_t* base;                                         // [members], offsets into it
   int64_t members;                                             // how many m
-  int64_t count[3], step[3];  // position(t) = sum of t_d * step[d], t_d < count[d]; last fastest
-  int64_t positions() const { return count[0] * count[1] * count[2]; }
+  const int64_t* position;                                     // [positions], offsets into it
+  int64_t positions;                                           // how many t
   int64_t image() const { return channels * depth * height * width; }
   // outputs, all added to
   T* sum;          // [panels][members][panel_width]

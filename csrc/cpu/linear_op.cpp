@@ -28,6 +28,8 @@ void linear_direct(const Tensor& grad_out, const Tensor& input, int64_t samples,
   const int64_t out_features = out.grad.size(0), in_features = out.grad.size(1);
   std::vector<int64_t> base(out_features);
   for (int64_t m = 0; m < out_features; ++m) base[m] = m;
+  std::vector<int64_t> position(positions);
+  for (int64_t t = 0; t < positions; ++t) position[t] = t * out_features;
   WeightGrad<T> a = {};
   a.wide = const_data<T>(input);
   a.wide_sample = positions * in_features;
@@ -43,9 +45,8 @@ void linear_direct(const Tensor& grad_out, const Tensor& input, int64_t samples,
   a.columns = a.width = out_features;
   a.base = base.data();
   a.members = out_features;
-  a.count[0] = a.count[1] = 1;
-  a.count[2] = positions;
-  a.step[2] = out_features;
+  a.position = position.data();
+  a.positions = positions;
   run_weight_grad(a, 1, samples, false, out.grad_sq.numel() != 0, out, norms);
 }
 

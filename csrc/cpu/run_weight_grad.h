@@ -22,16 +22,31 @@ Split split_work(const WeightGrad<T>& a, int64_t groups, int64_t samples) {
   s.groups = groups;
   s.panels = ceil_div(a.lanes, a.panel_width);
   s.panel_elements = a.members * a.panel_width;
-  const int64_t work = samples * a.positions() * s.sums();
+  const int64_t work = samples * a.positions * s.sums();
   const int64_t wanted = std::clamp<int64_t>(work / kWork, 1, ceil_div(kTasks, groups));
   const bool large = s.panels * s.panel_elements >= (1 << 17);
   s.panel_parts = large ? std::min(wanted, s.panels) : 1;
   // A copy of the sums is filled and added once: little against 16 positions or more.
-  const int64_t copies = std::min({wanted / s.panel_parts, samples, samples * a.positions() / 16,
+  const int64_t copies = std::min({wanted / s.panel_parts, samples, samples * a.positions / 16,
                                    kCopies / std::max<int64_t>(s.sums(), 1)});
   s.sample_parts = std::max<int64_t>(copies, 1);
   if (!large) s.panel_parts = std::clamp<int64_t>(wanted / s.sample_parts, 1, s.panels);
   return s;
+}
+
+// Samples packed at a time. A chunk whose operands stay in L2 is read from there by every panel,
+// but the sums come from memory once a chunk: where they are large and samples few, a chunk of
+// many samples, whose images every panel reads from beyond L2, moves less. At most kChunk, since
+// a chunk is summed by itself and errors stay small that way.
+template <class T>
+int64_t chunk_of(const WeightGrad<T>& a, int64_t sample_size, int64_t samples, int64_t panels,
+                 bool coordinates) {
+  constexpr int64_t kL2 = 384 << 10, kChunk = 64;
+  const int64_t small = std::clamp<int64_t>(kL2 / (sample_size * sizeof(T)), 1, kChunk);
+  const int64_t sums = 2 * panels * a.members * a.panel_width * (coordinates ? 2 : 1);
+  const int64_t images = samples * panels * a.image();
+  const auto moved = [&](int64_t chunk) { return ceil_div(samples, chunk) * sums; };
+  return moved(small) > moved(kChunk) + images ? kChunk : small;
 }
 
 // lanes_outer: the weight's rows are lanes (convolution) or members (linear).
@@ -39,11 +54,9 @@ template <class T>
 void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t samples, bool lanes_outer,
                      bool coordinates, const Outputs& out, std::vector<double>& norms) {
   if (samples == 0 || common.lanes == 0) return;
-  constexpr int64_t kChunkBytes = 384 << 10;  // operands of a chunk: well inside L2
-  constexpr int64_t kChunk = 64;  // samples: a chunk is summed by itself, so errors stay small
   const Split split = split_work(common, groups, samples);
   const bool bias = out.wide_grad.numel() != 0;
-  const int64_t positions = common.positions();
+  const int64_t positions = common.positions;
   const int64_t image = common.image();
   const int64_t width = common.panel_width, bias_size = groups * split.panels * width;
   const int64_t sums = split.sums() * (coordinates ? 2 : 1);
@@ -59,6 +72,8 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
       const int64_t first_panel = split.panels * pp / split.panel_parts;
       const int64_t last_panel = split.panels * (pp + 1) / split.panel_parts;
       const int64_t panels = last_panel - first_panel;
+      const int64_t first_sample = samples * sp / split.sample_parts;
+      const int64_t last_sample = samples * (sp + 1) / split.sample_parts;
       const int64_t sample_size = panels * positions * width + image + 16;
       WeightGrad<T> a = common;
       a.wide += g * a.lanes * a.wide_lane;
@@ -78,12 +93,11 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
         if (region) std::fill(region + first_panel * width, region + last_panel * width, T(0));
       }
       a.norms = task_norms.data() + task * samples;
-      a.chunk = std::clamp<int64_t>(kChunkBytes / (sample_size * sizeof(T)), 1, kChunk);
+      a.chunk = chunk_of<T>(a, sample_size, last_sample - first_sample, panels, coordinates);
       Scratch<T> scratch(a.chunk * sample_size);
       a.scratch = scratch.get();
       a.merged = merged;
-      weight_grad_range(a, samples * sp / split.sample_parts,
-                        samples * (sp + 1) / split.sample_parts, first_panel, last_panel);
+      weight_grad_range(a, first_sample, last_sample, first_panel, last_panel);
     }
   });
   const int64_t row = lanes_outer ? common.members : common.lanes;

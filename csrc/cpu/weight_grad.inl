@@ -37,22 +37,18 @@ __attribute__((noinline)) void tile(const WeightGrad<T>& a, const Chunk<T>& chun
         for (int v = 0; v < NV; ++v) acc[m][v] = Vector<T>{};
       }
     }
-    const int64_t lines = a.count[0] * a.count[1];
-    for (int64_t line = 0; line < lines; ++line) {
-      int64_t position = line / a.count[1] * a.step[0] + line % a.count[1] * a.step[1];
-      for (int64_t inner = 0; inner < a.count[2]; ++inner) {
-        Vector<T> w[NV];
+    for (int64_t t = 0; t < a.positions; ++t) {
+      const int64_t position = a.position[t];
+      Vector<T> w[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) w[v] = load(wide + v * kLanes<T>);
+      for (int v = 0; v < NV; ++v) w[v] = load(wide + v * kLanes<T>);
 #pragma GCC unroll 24
-        for (int m = 0; m < MR; ++m) {
-          const T x = narrow[m][position];
+      for (int m = 0; m < MR; ++m) {
+        const T x = narrow[m][position];
 #pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) acc[m][v] += x * w[v];
-        }
-        wide += kWidth;
-        position += a.step[2];
+        for (int v = 0; v < NV; ++v) acc[m][v] += x * w[v];
       }
+      wide += kWidth;
     }
     if constexpr (!NORMS) continue;
     Vector<T> norm[4] = {};
@@ -139,7 +135,7 @@ ADAGRAD_KERNELS_INLINE void pack_wide(const WeightGrad<T>& a, int64_t sample, in
                                       T* out) {
   const int64_t width = a.panel_width, first = panel * width;
   const int64_t lanes = a.lanes - first < width ? a.lanes - first : width;
-  const int64_t positions = a.positions();
+  const int64_t positions = a.positions;
   const T* in = a.wide + sample * a.wide_sample + first * a.wide_lane;
   if (a.wide_lane == 1) {
     for (int64_t t = 0; t < positions; ++t) {
@@ -184,7 +180,7 @@ ADAGRAD_KERNELS_INLINE void pack_narrow(const WeightGrad<T>& a, int64_t sample, 
 template <class T>
 ADAGRAD_KERNELS_INLINE void add_wide_sum(const WeightGrad<T>& a, const T* packed, int64_t panel,
                                          double* norm) {
-  const int64_t positions = a.positions();
+  const int64_t positions = a.positions;
   for (int64_t n = 0; n < a.panel_width; n += kLanes<T>) {
     Vector<T> part[4] = {};
     int64_t t = 0;
@@ -220,7 +216,7 @@ template <class T>
 ADAGRAD_KERNELS_INLINE void range(const WeightGrad<T>& a, int64_t first, int64_t last,
                                   int64_t first_panel, int64_t last_panel) {
   constexpr int kNarrow = 64 / kVectorBytes;  // vectors in a panel of 64 bytes
-  const int64_t positions = a.positions();
+  const int64_t positions = a.positions;
   const int64_t panel_size = positions * a.panel_width;
   const int64_t image_size = a.image();
   const bool in_place = a.frames == a.depth && a.rows == a.height && a.columns == a.width &&
@@ -262,7 +258,7 @@ ADAGRAD_KERNELS_INLINE void range(const WeightGrad<T>& a, int64_t first, int64_t
 // those that the tiles find. Rows u: the lanes of a position; rows v: its members.
 template <class T>
 ADAGRAD_KERNELS_INLINE void gram_range(const WeightGrad<T>& a, int64_t first, int64_t last) {
-  const int64_t positions = a.positions(), width = a.panel_width;
+  const int64_t positions = a.positions, width = a.panel_width;
   const int64_t panels = (a.lanes + width - 1) / width, lanes = panels * width;
   T* packed = a.scratch;
   T* image = packed + positions * width;
@@ -277,9 +273,7 @@ ADAGRAD_KERNELS_INLINE void gram_range(const WeightGrad<T>& a, int64_t first, in
     }
     pack_narrow(a, s, image);
     for (int64_t t = 0; t < positions; ++t) {
-      const int64_t line = t / a.count[2];
-      const T* at = image + line / a.count[1] * a.step[0] + line % a.count[1] * a.step[1] +
-                    t % a.count[2] * a.step[2];
+      const T* at = image + a.position[t];
       for (int64_t m = 0; m < a.members; ++m) v[t * a.members + m] = at[a.base[m]];
     }
     a.norms[s] += gram_sample(u, lanes, v, a.members, positions);

@@ -1,0 +1,101 @@
+"""Averaged: a test on exponential averages of its two sides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..statistics import GradientStatistics
+from .base import Comparison, Decision, Quantity, VarianceTest, apply
+
+_Sides = list[tuple[Quantity, Quantity]]
+
+
+class Averaged:
+    """A test whose noise (numerator) and signal (denominator) are averaged over the steps.
+
+        x̄ ← decay · x̄ + (1 − decay) · x   for each of the two, then the test on the averages
+
+    Ratios of averages, not averages of ratios, which would be biased. `evaluate` includes its
+    statistics in the averages without storing them; `record`, which the optimizers call once a
+    tested step, stores them. For coordinate-wise tests the averages are as large as twice the
+    model.
+
+    Args:
+        criterion: a test of this package.
+        decay: in [0, 1); 0.9 averages over about 10 tests.
+
+    Raises:
+        TypeError: something else than a test of this package.
+        ValueError: decay out of range.
+
+    Example:
+        >>> quiet = GradientStatistics(batch_size=4, sum_norms_sq=8.0, mean_norm_sq=2.0)
+        >>> noisy = GradientStatistics(batch_size=4, sum_norms_sq=40.0, mean_norm_sq=1.0)
+        >>> test = Averaged(NormTest(eta=1.0), decay=0.9)
+        >>> test.record(quiet)
+        >>> test.evaluate(noisy).ratio  # (0.09 · 0 + 0.1 · 12) / 4 over 0.09 · 2 + 0.1 · 1
+        1.0714285714285716
+    """
+
+    def __init__(self, criterion: VarianceTest, decay: float = 0.9) -> None:
+        if not isinstance(criterion, VarianceTest):
+            raise TypeError(
+                f"Averaged: expected a test of this package, got {type(criterion).__name__}"
+            )
+        if not 0 <= decay < 1:
+            raise ValueError(f"Averaged: decay must lie in [0, 1), got {decay!r}")
+        self.criterion = criterion
+        self.decay = decay
+        self._averages: _Sides | None = None
+
+    def __repr__(self) -> str:
+        return f"Averaged({self.criterion!r}, decay={self.decay})"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the inner test needs."""
+        return self.criterion.needs
+
+    def evaluate(self, statistics: GradientStatistics) -> Decision:
+        """The inner test's decision on the averages, with these statistics in them."""
+        n = statistics.batch_size
+        if reason := self.criterion.undecidable(statistics):
+            return Decision(True, n, math.nan, reason)
+        comparisons = self.criterion.compare(statistics)
+        sides = self._with(comparisons)
+        averaged = [
+            replace(comparison, noise=noise, signal=signal)
+            for comparison, (noise, signal) in zip(comparisons, sides, strict=True)
+        ]
+        return self.criterion.decide(n, averaged)
+
+    def record(self, statistics: GradientStatistics) -> None:
+        """Takes the statistics of a step into the averages, unless they allow no decision."""
+        if not self.criterion.undecidable(statistics):
+            self._averages = self._with(self.criterion.compare(statistics))
+
+    def _with(self, comparisons: Sequence[Comparison]) -> _Sides:
+        """The averages including these. Both sides start from 0: their ratio is right at once."""
+        new = [(c.noise, c.signal) for c in comparisons]
+        old = self._averages or [(0.0, 0.0)] * len(new)
+        return [
+            (self._mix(old_noise, noise), self._mix(old_signal, signal))
+            for (old_noise, old_signal), (noise, signal) in zip(old, new, strict=True)
+        ]
+
+    def _mix(self, old: Quantity, new: Quantity) -> Quantity:
+        if isinstance(new, dict):
+            past = old if isinstance(old, dict) else {}
+            old = {name: past.get(name, value.new_zeros(())) for name, value in new.items()}
+        return apply(lambda o, n: self.decay * o + (1 - self.decay) * n, old, new)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages."""
+        return {"averages": self._averages}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`."""
+        self._averages = state["averages"]

@@ -1,0 +1,232 @@
+"""What all tests share: the decision, the comparison behind it, and the corrections to it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..statistics import GradientStatistics
+
+UNBOUNDED = sys.maxsize
+"""The suggestion where no finite batch would do: zero mean gradient, positive variance."""
+
+Quantity = float | dict[str, Tensor]
+"""One number, or one a coordinate, by parameter name."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a test said.
+
+    Attributes:
+        passed: the gradient is accurate enough; also True where nothing was tested.
+        batch_size: the suggested batch size: the step's own if it passed, otherwise b⁺ (`CABS`
+            also suggests fewer samples than the step had).
+        ratio: left side over right side of the test; > 1 fails, NaN where nothing was tested.
+        reason: empty, or why no decision was possible.
+    """
+
+    passed: bool
+    batch_size: int
+    ratio: float
+    reason: str = ""
+
+    @property
+    def tested(self) -> bool:
+        """Whether the statistics allowed a decision."""
+        return not self.reason
+
+
+class Criterion(Protocol):
+    """Anything with `evaluate` steers a batch size; `needs` says what it must be given."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Beyond norms: of "coordinates", "inner_products", "accumulators", "loss"."""
+        ...
+
+    def evaluate(self, statistics: GradientStatistics) -> Decision:
+        """The decision for these statistics; must not change anything."""
+        ...
+
+
+@runtime_checkable
+class StatefulCriterion(Criterion, Protocol):
+    """A criterion with a memory, which only `record` changes."""
+
+    def record(self, statistics: GradientStatistics) -> None:
+        """Takes up the statistics of a step; the optimizers call it after `evaluate`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The inequality of a test with b samples: noise / b ≤ bound · signal.
+
+    Attributes:
+        noise: a variance of one sample, such as tr Σ̂.
+        signal: a square that it is compared with, such as ‖ḡ‖².
+        bound: the allowed squared relative error, such as η².
+        quantile: for coordinates, which part of them must pass; 1 for all.
+    """
+
+    noise: Quantity
+    signal: Quantity
+    bound: float
+    quantile: float = 1.0
+
+    def needed(self) -> float:
+        """The batch size from which on it holds; 0/0 is 0, infinite where none does."""
+        if isinstance(self.noise, dict):
+            assert isinstance(self.signal, dict)
+            return _ratio_of_coordinates(self.noise, self.signal, self.quantile) / self.bound
+        assert not isinstance(self.signal, dict)
+        if self.noise <= 0:
+            return 0.0
+        allowed = self.bound * self.signal
+        return self.noise / allowed if allowed > 0 else math.inf
+
+
+def apply(function: Callable[..., Any], *quantities: Quantity) -> Quantity:
+    """A function of numbers, of each coordinate where there are coordinates."""
+    first = quantities[0]
+    if not isinstance(first, dict):
+        return function(*quantities)
+    return {name: function(*(q[name] for q in quantities)) for name in first}  # type: ignore[index]
+
+
+def _ratio_of_coordinates(
+    noise: dict[str, Tensor], signal: dict[str, Tensor], quantile: float
+) -> float:
+    """The quantile of noise_j / signal_j: the least value that covers this part of all j."""
+    ratios = []
+    for name, n in noise.items():
+        ratio = torch.where(signal[name] > 0, n / signal[name], torch.inf)
+        ratios.append(torch.where(n > 0, ratio, 0.0).flatten())
+    if not ratios:
+        return 0.0
+    if quantile == 1:
+        return float(torch.stack([r.max() for r in ratios if r.numel()]).max())
+    everything = torch.cat(ratios)
+    covered = math.ceil(quantile * everything.numel() - 1e-9)  # 0.7 · 10 is 7.000…01
+    return float(everything.kthvalue(max(1, covered)).values)
+
+
+@dataclass(frozen=True)
+class VarianceTest:
+    """Base class of the tests: subclasses say what is compared, in `compare`."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Nothing beyond norms."""
+        return frozenset()
+
+    def compare(self, statistics: GradientStatistics) -> tuple[Comparison, ...]:
+        """The inequalities that must all hold."""
+        raise NotImplementedError
+
+    def undecidable(self, statistics: GradientStatistics) -> str:
+        """Why the statistics allow no decision; empty if they do."""
+        if statistics.batch_size < 2:
+            return "a batch of one sample has no variance"
+        return "" if statistics.finite else "the gradient statistics are not finite"
+
+    def decide(self, batch_size: int, comparisons: Sequence[Comparison]) -> Decision:
+        """Passes if a batch of this size satisfies all inequalities, otherwise suggests b⁺."""
+        needed = max(comparison.needed() for comparison in comparisons)
+        ratio = needed / batch_size
+        if ratio <= 1:
+            return Decision(True, batch_size, ratio)
+        return Decision(False, max(ceil(needed), batch_size + 1), ratio)
+
+    def evaluate(self, statistics: GradientStatistics) -> Decision:
+        """Applies the test; keeps the batch for one sample or non-finite statistics."""
+        n = statistics.batch_size
+        if reason := self.undecidable(statistics):
+            return Decision(True, n, math.nan, reason)
+        return self.decide(n, self.compare(statistics))
+
+
+@dataclass(frozen=True)
+class GradientTest(VarianceTest):
+    """Base class of the tests that compare the gradient's variance with its own square.
+
+    Args:
+        debiased: compare with ‖ḡ‖² − tr Σ̂/b, the unbiased estimate of ‖∇F‖², instead of ‖ḡ‖²
+            (and likewise for other squares). The plain form, the papers', comes to rest at
+            (1/η² − 1) times the gradient noise scale, this one at 1/η² times.
+        dataset_size: n, for batches drawn without replacement from n samples: the variance of
+            their mean then has the factor (n − b)/(n − 1) (arXiv 2412.21124, eq. 2), and b⁺
+            solves the test with it, so that b⁺ ≤ n. None leaves the factor at 1.
+    """
+
+    debiased: bool = field(default=False, kw_only=True)
+    dataset_size: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.dataset_size is not None and not self.dataset_size >= 2:
+            raise ValueError(
+                f"{type(self).__name__}: dataset_size must be at least 2, got {self.dataset_size!r}"
+            )
+
+    def _compare(self, statistics: GradientStatistics) -> tuple[Comparison, ...]:
+        raise NotImplementedError
+
+    def compare(self, statistics: GradientStatistics) -> tuple[Comparison, ...]:
+        """The inequalities that must all hold, with a debiased signal if that was chosen."""
+        comparisons = self._compare(statistics)
+        if not self.debiased:
+            return comparisons
+        n = statistics.batch_size
+        factor = self._correction(n) / n
+
+        def debias(signal: Any, noise: Any) -> Any:
+            return signal - noise * factor
+
+        return tuple(replace(c, signal=apply(debias, c.signal, c.noise)) for c in comparisons)
+
+    def _correction(self, batch_size: int) -> float:
+        n = self.dataset_size
+        return 1.0 if n is None else max(n - batch_size, 0) / (n - 1)
+
+    def decide(self, batch_size: int, comparisons: Sequence[Comparison]) -> Decision:
+        """As in `VarianceTest`, with the factor of a finite data set."""
+        n = self.dataset_size
+        if n is None:
+            return super().decide(batch_size, comparisons)
+        needed = max(comparison.needed() for comparison in comparisons)
+        correction = self._correction(batch_size)
+        ratio = needed * correction / batch_size if correction else 0.0
+        if ratio <= 1:
+            return Decision(True, batch_size, ratio)
+        # needed (n − b)/(n − 1) ≤ b, solved for b
+        solved = n * needed / (n - 1 + needed) if needed < math.inf else n
+        return Decision(False, min(max(ceil(solved), batch_size + 1), n), ratio)
+
+
+def ceil(value: float) -> int:
+    """⌈value⌉, at most UNBOUNDED."""
+    return math.ceil(value) if value < UNBOUNDED else UNBOUNDED
+
+
+def check_positive(test: object, **values: float) -> None:
+    """Raises ValueError for a value that is not a positive finite number."""
+    for name, value in values.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(
+                f"{type(test).__name__}: {name} must be a positive number, got {value!r}"
+            )

@@ -1,0 +1,58 @@
+"""What every optimizer here shows of its batch cycle."""
+
+from __future__ import annotations
+
+from ..batch_size import BatchSizeController
+from ..criteria import Decision
+from ..statistics import GradientStatistics
+from .cycle import BatchCycle, LossScale
+
+
+class Cycled:
+    """What the optimizers show of their cycle."""
+
+    cycle: BatchCycle
+    _step_supports_amp_scaling = True  # a GradScaler leaves unscaling and skipping to step()
+
+    def _given_loss_scale(self) -> LossScale | None:
+        """What a `torch.amp.GradScaler` has set for this step, None without one."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return None
+        scale = getattr(self, "grad_scale", None)
+        if scale is None:
+            raise RuntimeError(
+                "scaler.unscale_() was called: the gradients no longer have the loss scale that "
+                "the samples' gradients were measured with. Leave it to scaler.step()"
+            )
+        return scale, found_inf
+
+    @property
+    def batch_size(self) -> int:
+        """Global batch size of the next batch (of this one, while it is accumulated)."""
+        return self.cycle.controller.batch_size
+
+    @property
+    def samples(self) -> int:
+        """Samples of all updates so far."""
+        return self.cycle.controller.samples
+
+    @property
+    def controller(self) -> BatchSizeController:
+        """What holds and grows the batch size; loaders take it."""
+        return self.cycle.controller
+
+    @property
+    def statistics(self) -> GradientStatistics | None:
+        """Statistics of the last tested step, None before."""
+        return self.cycle.statistics
+
+    @property
+    def decision(self) -> Decision | None:
+        """What the test said of the last tested step, None before."""
+        return self.cycle.decision
+
+    @property
+    def updated(self) -> bool:
+        """Whether the last step() completed a batch and updated the weights."""
+        return self.cycle.updated

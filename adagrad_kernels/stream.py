@@ -1,0 +1,131 @@
+"""The endless stream of samples that a loader serves, and how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch_size import BatchSizeController
+
+
+class MicroBatch(NamedTuple):
+    """A stretch of the stream."""
+
+    start: int
+    size: int
+
+
+class SampleStream:
+    """A permutation of the dataset for each epoch, one after the other, cut into micro-batches.
+
+    The order depends on seed and length alone. It knows nothing of loaders, so that a loader's
+    worker processes can hold it without holding the loader.
+
+    Args:
+        length: samples of the dataset.
+        controller: says how large the batches are.
+        shuffle: a new permutation each epoch, or the dataset's order.
+        seed: of the permutations.
+
+    Attributes:
+        samples: samples taken so far.
+    """
+
+    def __init__(
+        self, length: int, controller: BatchSizeController, shuffle: bool, seed: int
+    ) -> None:
+        self.length = length
+        self.controller = controller
+        self.shuffle = shuffle
+        self.seed = seed
+        self.samples = 0
+        self._batch: tuple[int, int] | None = None  # (m, micro-batches left) inside a batch
+        self._batch_start = 0  # where the batch that was served last begins
+        self._orders: dict[int, Tensor] = {}
+
+    @property
+    def epoch(self) -> int:
+        """Complete passes over the dataset so far."""
+        return self.samples // self.length
+
+    @property
+    def inside_batch(self) -> bool:
+        """Whether a batch has been taken in part."""
+        return self._batch is not None
+
+    def next(self) -> MicroBatch:
+        """The micro-batch that comes next; `take` goes past it."""
+        if self._batch is None:
+            self._batch = self.controller.micro_batches()
+            self._batch_start = self.samples
+        return MicroBatch(self.samples, self._batch[0])
+
+    def take(self) -> None:
+        """Goes past the next micro-batch."""
+        size = self.next().size
+        assert self._batch is not None
+        left = self._batch[1] - 1
+        self.samples += size
+        self._batch = (size, left) if left else None
+
+    def plan(self) -> Iterator[MicroBatch]:
+        """The micro-batches to come if the batch size stays as it is; endless."""
+        position, batch = self.samples, self._batch
+        while True:
+            size, count = batch or self.controller.micro_batches()
+            batch = None
+            for _ in range(count):
+                yield MicroBatch(position, size)
+                position += size
+
+    def indices(self, work: MicroBatch) -> Tensor:
+        """The dataset indices of a stretch of the stream."""
+        parts = []
+        position, left = work
+        while left:
+            epoch, offset = divmod(position, self.length)
+            part = self._order(epoch)[offset : offset + left]
+            parts.append(part)
+            position, left = position + len(part), left - len(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            now = self.epoch
+            self._orders = {e: o for e, o in self._orders.items() if e >= now}
+            if self.shuffle:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order = torch.randperm(self.length, generator=generator)
+            else:
+                order = torch.arange(self.length)
+            self._orders[epoch] = order
+        return self._orders[epoch]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: the next batch, or the beginning of an unfinished one."""
+        return {
+            "samples": self._batch_start if self.inside_batch else self.samples,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "length": self.length,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position.
+
+        Raises:
+            ValueError: the state of a stream with another seed, order or length.
+        """
+        for name in ("seed", "shuffle", "length"):
+            own = getattr(self, name)
+            if state[name] != own:
+                raise ValueError(
+                    f"the loader's state has {name}={state[name]!r}, this loader {own!r}: its "
+                    "samples would come in another order"
+                )
+        self.samples = state["samples"]
+        self._batch = None
+        self._orders = {}

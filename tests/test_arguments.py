@@ -1,0 +1,112 @@
+"""Wrong arguments of the optimizers: refused with the reason, and the model is left as it was."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from training import batches, network, train
+
+import adagrad_kernels as ak
+
+Make = Callable[..., Any]
+
+
+def diagonal(model: nn.Module, **options: Any) -> ak.AdAdaGrad:
+    return ak.AdAdaGrad(model, lr=0.1, **options)
+
+
+def scalar(model: nn.Module, **options: Any) -> ak.AdAdaGradNorm:
+    return ak.AdAdaGradNorm(model, lr=0.1, **options)
+
+
+def wrapped(model: nn.Module, **options: Any) -> ak.AdaptiveBatch:
+    params = [p for p in model.parameters() if p.requires_grad]
+    return ak.AdaptiveBatch(model, torch.optim.SGD(params, lr=0.1), **options)
+
+
+all_optimizers = pytest.mark.parametrize("make", [diagonal, scalar, wrapped])
+own_optimizers = pytest.mark.parametrize("make", [diagonal, scalar])
+
+
+@all_optimizers
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 8.5}, "whole number"),
+        ({"batch_size": 16, "max_batch_size": 8}, "max_batch_size .8. is smaller"),
+        ({"growth_limit": 1.0}, "growth_limit"),
+        ({"multiple_of": 3}, "multiple of multiple_of"),
+        ({"every": 0}, "every"),
+        ({"smoothing": 1.0}, "smoothing"),
+        ({"patience": 0}, "patience"),
+        ({"lr_policy": "cubic"}, "lr_policy"),
+        ({"fallback": "guess"}, "fallback"),
+    ],
+)
+def test_arguments_out_of_range(make: Make, options: dict[str, Any], message: str) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=message):
+        make(model, **options)
+    make(model)  # the model was not left observed
+
+
+@own_optimizers
+@pytest.mark.parametrize("name", ["lr_decay", "weight_decay", "eps", "initial_accumulator_value"])
+@pytest.mark.parametrize("value", [-1e-3, float("nan")])
+def test_invalid_hyperparameters(make: Make, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        make(network(), **{name: value})
+
+
+@pytest.mark.parametrize("make", [ak.AdAdaGrad, ak.AdAdaGradNorm])
+def test_invalid_hyperparameters_of_a_group(make: Make) -> None:
+    model = network()
+    with pytest.raises(ValueError, match="invalid lr"):
+        make(model, lr=-1.0)
+    with pytest.raises(ValueError, match="invalid weight_decay"):
+        make(model, params=[{"params": list(model.parameters()), "weight_decay": -1.0}])
+    make(model)
+
+
+@own_optimizers
+def test_parameters_instead_of_a_model(make: Make) -> None:
+    with pytest.raises(TypeError, match="expected the model"):
+        make(list(network().parameters()))
+
+
+def test_adaptive_batch_wants_model_and_optimizer() -> None:
+    model = network()
+    sgd = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match="expected the model"):
+        ak.AdaptiveBatch(model.parameters(), sgd)
+    with pytest.raises(TypeError, match="expected a torch optimizer"):
+        ak.AdaptiveBatch(model, model.parameters())
+
+
+def of_parameters(kind: str, model: nn.Module, params: list[nn.Parameter]) -> Any:
+    if kind == "wrapped":
+        return ak.AdaptiveBatch(model, torch.optim.SGD(params))
+    return {"diagonal": diagonal, "scalar": scalar}[kind](model, params=params)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "scalar", "wrapped"])
+def test_parameters_of_another_model(kind: str) -> None:
+    model, stranger = network(), nn.Linear(7, 3)
+    params = [*model.parameters(), *stranger.parameters()]
+    with pytest.raises(ValueError, match=r"shape \[3, 7\].*not belong to the model"):
+        of_parameters(kind, model, params)
+    opt = diagonal(model)
+    with pytest.raises(ValueError, match="not belong to the model"):
+        opt.add_param_group({"params": list(stranger.parameters())})
+    train(model, opt, batches(1, 8))
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "scalar", "wrapped"])
+def test_a_trainable_parameter_that_nobody_updates(kind: str) -> None:
+    model = network()
+    params = list(model[0].parameters())
+    with pytest.raises(ValueError, match=r"'2.weight' is trainable but in none"):
+        of_parameters(kind, model, params)

@@ -1,0 +1,228 @@
+"""Every test against its formula on explicit per-sample gradients."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from criteria_cases import assert_decides, bounds, gradients, statistics
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+from training import network
+
+import adagrad_kernels as ak
+from adagrad_kernels.criteria import UNBOUNDED, Criterion
+
+
+class TestFormulas:
+    """The inequalities of the papers, written out on the per-sample gradients."""
+
+    @given(gradients(), bounds)
+    def test_norm(self, g: Tensor, eta: float) -> None:
+        n, mean = len(g), g.mean(0)
+        trace = (g - mean).square().sum().item() / (n - 1)
+        needed = trace / (eta**2 * mean.square().sum().item())
+        assert_decides(ak.NormTest(eta).evaluate(statistics(g)), n, needed)
+
+    @given(gradients(), bounds)
+    def test_norm_debiased(self, g: Tensor, eta: float) -> None:
+        n, mean = len(g), g.mean(0)
+        trace = (g - mean).square().sum().item() / (n - 1)
+        signal = mean.square().sum().item() - trace / n
+        decision = ak.NormTest(eta, debiased=True).evaluate(statistics(g))
+        if signal > 1e-9:
+            assert_decides(decision, n, trace / (eta**2 * signal))
+        elif signal < -1e-9:
+            assert decision == ak.Decision(False, UNBOUNDED, math.inf)
+
+    @given(gradients(), bounds)
+    def test_inner_product(self, g: Tensor, theta: float) -> None:
+        mean = g.mean(0)
+        p = [float(row @ mean) for row in g]
+        average = sum(p) / len(p)
+        variance = sum((x - average) ** 2 for x in p) / (len(p) - 1)
+        needed = variance / (theta**2 * average**2)
+        assert_decides(ak.InnerProductTest(theta).evaluate(statistics(g)), len(g), needed)
+
+    @given(gradients(), bounds)
+    def test_orthogonality(self, g: Tensor, nu: float) -> None:
+        mean = g.mean(0)
+        square = mean.square().sum()
+        across = g - (g @ mean / square).unsqueeze(1) * mean
+        needed = (across.square().sum() / ((len(g) - 1) * nu**2 * square)).item()
+        assert_decides(ak.OrthogonalityTest(nu).evaluate(statistics(g)), len(g), needed)
+
+    @given(gradients(), bounds, bounds)
+    def test_augmented_is_both(self, g: Tensor, theta: float, nu: float) -> None:
+        s = statistics(g)
+        parts = ak.InnerProductTest(theta).evaluate(s), ak.OrthogonalityTest(nu).evaluate(s)
+        both = ak.AugmentedInnerProductTest(theta, nu).evaluate(s)
+        assert both.passed == all(part.passed for part in parts)
+        assert both.batch_size == max(part.batch_size for part in parts)
+        assert both.ratio == max(part.ratio for part in parts)
+
+    @given(gradients(), bounds)
+    def test_every_coordinate(self, g: Tensor, eta: float) -> None:
+        needed = (g.var(0) / (eta**2 * g.mean(0).square())).max().item()
+        assert_decides(ak.CoordinateNormTest(eta).evaluate(statistics(g)), len(g), needed)
+
+    @given(gradients(), bounds, st.floats(0.01, 1.0))
+    def test_quantile(self, g: Tensor, eta: float, quantile: float) -> None:
+        """The least batch that satisfies this part of the coordinates, each by itself."""
+        decision = ak.CoordinateNormTest(eta, "quantile", quantile=quantile).evaluate(statistics(g))
+        each = g.var(0) / (eta**2 * g.mean(0).square())
+        enough = quantile * g.shape[1] - 1e-6
+        satisfied = [(each <= b).sum().item() >= enough for b in each.sort().values]
+        needed = each.sort().values[satisfied.index(True)].item()
+        assert_decides(decision, len(g), needed)
+
+    @given(gradients(), bounds, st.floats(0.0, 0.99))
+    def test_fraction(self, g: Tensor, eta: float, fraction: float) -> None:
+        decision = ak.CoordinateNormTest(eta, "fraction", fraction=fraction).evaluate(statistics(g))
+        failing = (g.var(0) / len(g) > eta**2 * g.mean(0).square()).sum().item()
+        assert decision.passed == (failing <= fraction * g.shape[1] + 1e-6)
+
+    @given(gradients(), bounds)
+    def test_adagrad_metric(self, g: Tensor, eta: float) -> None:
+        s = statistics(g)
+        root = torch.cat(list(s.accumulators.values())).sqrt()
+        needed = (g.var(0) / root).sum() / (eta**2 * (g.mean(0).square() / root).sum())
+        decision = ak.CoordinateNormTest(eta, "adagrad").evaluate(s)
+        assert_decides(decision, len(g), needed.item())
+
+    @given(gradients(), bounds)
+    def test_one_accumulator_for_all_is_the_norm_test(self, g: Tensor, eta: float) -> None:
+        s = statistics(g)
+        one = torch.tensor(5.0, dtype=torch.float64)
+        s.accumulators.update(a=one, b=one)
+        metric = ak.CoordinateNormTest(eta, "adagrad").evaluate(s)
+        assert metric.ratio == pytest.approx(ak.NormTest(eta).evaluate(s).ratio, rel=1e-9)
+
+    @given(gradients(), st.floats(0.1, 5))
+    def test_noise_scale(self, g: Tensor, multiple: float) -> None:
+        s = statistics(g)
+        scale = s.noise_scale.item()
+        assume(abs(s.mean_norm_sq - s.variance / len(g)) > 1e-6)
+        decision = ak.NoiseScaleTarget(multiple).evaluate(s)
+        if scale < math.inf:
+            assert_decides(decision, len(g), multiple * scale)
+        else:
+            assert decision.batch_size == UNBOUNDED
+
+    @given(gradients(), st.floats(1e-3, 10), st.floats(1e-3, 10))
+    def test_cabs(self, g: Tensor, lr: float, loss: float) -> None:
+        trace = g.var(0).sum().item()
+        decision = ak.CABS().evaluate(statistics(g, lr=lr, loss=loss))
+        assert abs(decision.batch_size - max(1, lr * trace / loss)) <= 0.5 + 1e-6
+        assert decision.passed == (decision.batch_size <= len(g))
+        assert decision.ratio == pytest.approx(lr * trace / loss / len(g), rel=1e-9)
+
+
+class TestFiniteDataSet:
+    """The factor (n − b)/(n − 1)."""
+
+    @given(gradients(20), st.floats(0.05, 1.0), st.integers(20, 500), st.booleans())
+    def test_the_suggestion_is_the_least_batch_that_passes(
+        self, g: Tensor, eta: float, size: int, debiased: bool
+    ) -> None:
+        test = ak.NormTest(eta, dataset_size=size, debiased=debiased)
+        decision = test.evaluate(statistics(g))
+        assert decision.batch_size <= size
+        mean = g.mean(0).square().sum().item()
+        trace = g.var(0).sum().item()
+        if debiased:
+            mean -= trace / len(g) * (size - len(g)) / (size - 1)
+
+        def passes(b: int) -> bool:
+            error = trace / b * (size - b) / (size - 1)
+            return b == size or error <= eta**2 * mean * (1 + 1e-9)
+
+        error = trace / len(g) * (size - len(g)) / (size - 1)
+        expected = error / (eta**2 * mean) if mean > 0 else math.inf
+        assert decision.ratio == pytest.approx(expected if error else 0.0, rel=1e-6)
+        assert decision.passed == passes(len(g))
+        if not decision.passed:
+            assert passes(decision.batch_size)
+            assert decision.batch_size == len(g) + 1 or not passes(decision.batch_size - 1)
+
+    def test_the_whole_data_set_has_no_error(self) -> None:
+        g = torch.tensor([[1.0], [-1.0], [3.0], [-3.0]]).expand(4, 3)
+        assert ak.NormTest(0.1, dataset_size=4).evaluate(statistics(g)).passed
+        assert ak.NormTest(0.1, dataset_size=5).evaluate(statistics(g)).batch_size == 5
+
+
+class TestErrors:
+    """Arguments out of range, and statistics that lack what the test needs."""
+
+    @pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf])
+    @pytest.mark.parametrize(
+        ("make", "name"),
+        [
+            (ak.NormTest, "eta"),
+            (ak.InnerProductTest, "theta"),
+            (ak.OrthogonalityTest, "nu"),
+            (ak.AugmentedInnerProductTest, "theta"),
+            (ak.AugmentedInnerProductTest, "nu"),
+            (ak.CoordinateNormTest, "eta"),
+            (ak.NoiseScaleTarget, "multiple"),
+        ],
+    )
+    def test_bounds(self, make: Callable[..., Criterion], name: str, value: float) -> None:
+        with pytest.raises(ValueError, match=f"{name} must be a positive number"):
+            make(**{name: value})
+
+    def test_other_arguments(self) -> None:
+        with pytest.raises(ValueError, match="aggregate must be one of max, quantile"):
+            ak.CoordinateNormTest(0.5, aggregate="mean")
+        with pytest.raises(ValueError, match="quantile"):
+            ak.CoordinateNormTest(0.5, quantile=0.0)
+        with pytest.raises(ValueError, match="fraction"):
+            ak.CoordinateNormTest(0.5, fraction=1.0)
+        for make in (ak.NormTest, ak.NoiseScaleTarget, ak.InnerProductTest, ak.CoordinateNormTest):
+            with pytest.raises(ValueError, match="dataset_size must be at least 2"):
+                make(dataset_size=1)
+        with pytest.raises(ValueError, match="decay"):
+            ak.Averaged(ak.NormTest(), decay=1.0)
+        with pytest.raises(TypeError, match="Averaged"):
+            ak.Averaged(ak.Averaged(ak.NormTest()))
+        with pytest.raises(ValueError, match="epsilon"):
+            ak.theta_nu_from_epsilon(0.0, statistics(torch.randn(4, 3)))
+        with pytest.raises(ValueError, match="do not tell"):
+            ak.theta_nu_from_epsilon(1.0, statistics(torch.zeros(4, 3)))
+
+    @pytest.mark.parametrize(
+        ("test", "message"),
+        [
+            (ak.InnerProductTest(), "inner_products=True"),
+            (ak.AugmentedInnerProductTest(), "inner_products=True"),
+            (ak.CoordinateNormTest(), "coordinates=True"),
+            (ak.CABS(), "loss"),
+        ],
+    )
+    def test_missing_statistics(self, test: Criterion, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            test.evaluate(ak.GradientStatistics(8, 20.0, 1.0))
+
+    def test_missing_accumulators(self) -> None:
+        model = network()
+        sgd = torch.optim.SGD(model.parameters())
+        test = ak.CoordinateNormTest(0.5, "adagrad")
+        with pytest.raises(ValueError, match="accumulators of AdAdaGrad"):
+            ak.AdaptiveBatch(model, sgd, criterion=test)
+        s = ak.GradientStatistics(2, 2.0, 0.5, coordinate_mean={}, coordinate_variance={})
+        with pytest.raises(ValueError, match="accumulators"):
+            test.evaluate(s)
+
+    def test_one_inner_product(self) -> None:
+        """The last micro-batch had one sample: nothing to take a variance of."""
+        s = ak.GradientStatistics(8, 20.0, 1.0, inner_products=torch.tensor([1.0]))
+        decision = ak.AugmentedInnerProductTest().evaluate(s)
+        assert decision.passed
+        assert "inner products" in decision.reason
+
+    @pytest.mark.parametrize("loss", [0.0, -1.0, math.nan, math.inf])
+    def test_a_loss_that_is_not_positive(self, loss: float) -> None:
+        decision = ak.CABS().evaluate(ak.GradientStatistics(8, 20.0, 1.0, loss=loss, lr=0.1))
+        assert decision.passed
+        assert "loss" in decision.reason

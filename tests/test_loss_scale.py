@@ -1,0 +1,98 @@
+"""torch.amp.GradScaler: the scale cancels, an overflow changes nothing."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from training import assert_unchanged, batches, mse, network, snapshot, train, weights
+
+import adagrad_kernels as ak
+
+
+def diagonal(model: nn.Module, **options: Any) -> ak.AdAdaGrad:
+    return ak.AdAdaGrad(model, lr=0.1, **options)
+
+
+def scalar(model: nn.Module, **options: Any) -> ak.AdAdaGradNorm:
+    return ak.AdAdaGradNorm(model, lr=0.1, **options)
+
+
+def wrapped(model: nn.Module, **options: Any) -> ak.AdaptiveBatch:
+    return ak.AdaptiveBatch(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+
+
+all_optimizers = pytest.mark.parametrize("make", [diagonal, scalar, wrapped])
+OPTIONS = {"criterion": ak.NormTest(0.7), "batch_size": 8, "max_batch_size": 8}
+
+
+def scaled_step(scaler: torch.amp.GradScaler, model: nn.Module, opt: Any, data: list[Any]) -> None:
+    for batch in data:
+        scaler.scale(mse(model, batch)).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+
+
+def scaler(init_scale: float = 1024.0, interval: int = 1000) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=interval)
+
+
+@all_optimizers
+@pytest.mark.parametrize("micro", [8, 4])
+def test_the_scale_cancels(make: Callable[..., Any], micro: int) -> None:
+    plain, scaled = network(torch.float32), network(torch.float32)
+    opts = [make(model, **OPTIONS) for model in (plain, scaled)]
+    data = batches(20, micro, torch.float32)
+    train(plain, opts[0], data)
+    scaled_step(scaler(), scaled, opts[1], data)
+    assert torch.equal(weights(scaled), weights(plain)), "a power of two is exact"
+    assert opts[1].decision == opts[0].decision
+    a, b = (opt.statistics for opt in opts)
+    assert (b.sum_norms_sq, b.mean_norm_sq) == (a.sum_norms_sq, a.mean_norm_sq)
+    assert torch.equal(b.sample_norms_sq, a.sample_norms_sq)
+
+
+@all_optimizers
+def test_an_overflow_changes_nothing(make: Callable[..., Any]) -> None:
+    """Nor does it shift what is accumulated: the rest of its batch is left out with it."""
+    model = network(torch.float32)
+    opt = make(model, **OPTIONS)
+    inner = getattr(opt, "optimizer", opt)
+    data = batches(6, 4, torch.float32)
+    scale = scaler()
+    scaled_step(scale, model, opt, data[:2])
+    before, controller = snapshot(model, inner), copy.deepcopy(opt.state_dict()["adaptive"])
+    x, y = data[2]
+    scaled_step(scale, model, opt, [(x * float("inf"), y), data[3]])
+    assert_unchanged(model, inner, before)
+    assert opt.state_dict()["adaptive"] == controller
+    assert not opt.updated
+    scaled_step(scale, model, opt, data[4:])
+    assert opt.updated
+    assert opt.samples == 16
+    assert torch.isfinite(weights(model)).all()
+
+
+@all_optimizers
+def test_a_scale_that_grows_in_the_middle_of_a_batch(
+    make: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network(torch.float32)
+    opt = make(model, **OPTIONS)
+    scaled_step(scaler(interval=3), model, opt, batches(6, 4, torch.float32))
+    assert "the loss scale changed in the middle" in caplog.text
+    assert opt.samples == 16, "two of three batches"
+    assert torch.isfinite(weights(model)).all()
+
+
+@all_optimizers
+def test_unscaled_by_hand(make: Callable[..., Any]) -> None:
+    model = network(torch.float32)
+    opt, scale = make(model, **OPTIONS), scaler()
+    scale.scale(mse(model, batches(1, 8, torch.float32)[0])).backward()
+    scale.unscale_(opt)
+    with pytest.raises(RuntimeError, match=r"scaler.unscale_\(\) was called"):
+        scale.step(opt)

@@ -1,0 +1,263 @@
+"""Triton kernels compiled ahead of time for GPUs that are not here: registers, spills, memory.
+
+The launches are those that the launchers would make. The tiles' registers are an estimate in the
+sources; here ptxas has the word.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adagrad_kernels import _library, ops, triton_kernels
+
+pytest.importorskip("triton")
+from triton_aot import Binary, Launch, compile_launch, record
+
+from adagrad_kernels.triton_kernels import (
+    adagrad,
+    conv,
+    embedding,
+    linear,
+    linear_update,
+    norm,
+    statistics,
+)
+
+SHARED = 99 << 10  # bytes that a block may have on the smallest of these GPUs (sm_86, sm_120)
+PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")  # tensor cores: sm_90, sm_100, sm_80
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def meta(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def linear_case(shape: tuple[int, ...], dtype: torch.dtype, coordinates: bool, method: str) -> Any:
+    b, positions, rows, columns = shape
+    g, x = meta(b, positions, rows, dtype=dtype), meta(b, positions, columns, dtype=dtype)
+    return linear.linear_weight_grad, (g, x, 64, True, False, coordinates, method)
+
+
+def conv_case(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    coordinates: bool,
+    last: bool = False,
+    groups: int = 1,
+    dims: int = 2,
+) -> Any:
+    b, rows, columns, size = shape
+    format_ = {2: torch.channels_last, 3: torch.channels_last_3d}[dims] if last else None
+    g, x = (meta(b, c, *(size,) * dims, dtype=dtype) for c in (rows, columns))
+    if format_ is not None:
+        g, x = g.to(memory_format=format_), x.to(memory_format=format_)
+    ones = (1,) * dims
+    options = ((3,) * dims, ones, ones, ones, groups, 64, True, False, coordinates)
+    return conv.conv_weight_grad, (g, x, *options)
+
+
+def update_case(positions: int, dtype: torch.dtype, coordinates: bool) -> Any:
+    g = meta(64, positions, 1024, dtype=dtype)
+    hyperparameters = (0.1, 1e-10, 0.01, False, 1.0)
+    tensors = (g, g, meta(1024, 1024), meta(1024, 1024))
+    return linear_update.linear_adagrad_, (*tensors, 64, False, coordinates, *hyperparameters)
+
+
+# name: launcher with arguments, float32 precision. LARGE are compiled for every architecture.
+LARGE: dict[str, tuple[Any, str]] = {
+    "outer": (linear_case((64, 1, 1024, 1024), BF16, True, "outer"), "tf32"),
+    "outer-exact": (linear_case((64, 1, 1024, 1024), F32, True, "outer"), "ieee"),
+    "direct": (linear_case((16, 256, 1024, 1024), BF16, False, "direct"), "ieee"),
+    "direct-coordinates": (linear_case((16, 256, 1024, 1024), BF16, True, "direct"), "ieee"),
+    "direct-exact": (linear_case((16, 256, 1024, 1024), F32, True, "direct"), "ieee"),
+    "conv": (conv_case((16, 128, 64, 16), BF16, True), "ieee"),
+    "update": (update_case(256, BF16, True), "ieee"),
+    "update-outer-exact": (update_case(1, F32, True), "ieee"),
+}
+SMALL: dict[str, tuple[Any, str]] = {
+    "outer-tf32": (linear_case((64, 1, 1024, 1024), F32, True, "outer"), "tf32"),
+    "outer-fp16": (linear_case((64, 1, 1024, 1024), F16, True, "outer"), "tf32"),
+    "direct-tf32": (linear_case((16, 256, 1024, 1024), F32, False, "direct"), "tf32"),
+    "direct-48": (linear_case((16, 64, 48, 48), BF16, True, "direct"), "ieee"),
+    "direct-16": (linear_case((16, 64, 16, 768), BF16, True, "direct"), "ieee"),
+    "gram": (linear_case((16, 128, 1024, 1024), BF16, False, "gram"), "ieee"),
+    "gram-exact": (linear_case((16, 128, 1024, 1024), F32, False, "gram"), "ieee"),
+    "conv-last": (conv_case((16, 128, 64, 16), BF16, True, last=True), "ieee"),
+    "conv-exact": (conv_case((16, 128, 64, 16), F32, True), "ieee"),
+    "conv-tf32": (conv_case((16, 128, 64, 16), F32, True), "tf32"),
+    "conv-first": (conv_case((16, 64, 3, 32), F32, False), "ieee"),
+    "conv-depthwise": (conv_case((16, 64, 64, 16), BF16, False, groups=64), "ieee"),
+    "conv3d": (conv_case((4, 128, 64, 8), F32, True, dims=3), "ieee"),
+    "update-outer": (update_case(1, BF16, False), "tf32"),
+    "update-exact": (update_case(256, F32, False), "ieee"),
+}
+WEIGHTS = [meta(1000, 1000), meta(77)]
+MEMORY_BOUND: dict[str, Any] = {
+    "embedding": (
+        embedding.embedding_weight_grad,
+        (meta(4, 100, 768, dtype=BF16), meta(4, 100, dtype=torch.int64), 1000, -1, 64, True),
+    ),
+    "layer_norm": (
+        norm.scale_weight_grad,
+        (
+            meta(4, 600, 768, 1),
+            meta(4, 600, 768, 1),
+            meta(4, 600, 1, 1),
+            meta(4, 600, 1, 1),
+            64,
+            True,
+            True,
+            True,
+        ),
+    ),
+    "group_norm": (
+        norm.scale_weight_grad,
+        (
+            meta(4, 1, 64, 256),
+            meta(4, 1, 64, 256),
+            meta(4, 1, 64, 1),
+            meta(4, 1, 64, 1),
+            64,
+            True,
+            True,
+            False,
+        ),
+    ),
+    "sample_statistics": (statistics.sample_statistics, (meta(64, 100_000, dtype=BF16),)),
+    "adagrad": (
+        adagrad.adagrad_,
+        (WEIGHTS, WEIGHTS, WEIGHTS, WEIGHTS, 0.1, 1e-10, 0.0, False, 1.0, 8),
+    ),
+    "adagrad_norm": (
+        adagrad.adagrad_norm_,
+        (
+            WEIGHTS,
+            WEIGHTS,
+            meta(1, dtype=torch.float64),
+            [],
+            [0.1] * 2,
+            1e-10,
+            [0.0] * 2,
+            False,
+            1.0,
+            8,
+        ),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_precision_left_behind() -> Iterator[None]:
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    yield
+    for setting, value in zip(settings, before, strict=True):
+        setting.fp32_precision = value
+
+
+def launches(patch: pytest.MonkeyPatch, case: Any, precision: str = "ieee") -> list[Launch]:
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    launcher: Callable[..., Any] = case[0]
+    return record(patch, launcher, *case[1])
+
+
+def check(binary: Binary, launch: Launch) -> None:
+    name = launch.kernel.__name__
+    assert binary.stack == 0, f"{name} spills {binary.stack} bytes"
+    assert binary.shared <= SHARED, f"{name} takes {binary.shared} bytes of shared memory"
+    assert binary.registers * 32 * launch.options["num_warps"] <= 1 << 16
+    assert "ST.E" in binary.sass or "STG" in binary.sass, f"{name} stores nothing"
+
+
+def products(patch: pytest.MonkeyPatch, case: tuple[Any, str], arch: int) -> None:
+    (launch,) = [found for found in launches(patch, *case) if "PRECISION" in found.kernel.arg_names]
+    binary = compile_launch(launch, arch)
+    check(binary, launch)
+    assert any(product in binary.ptx for product in PRODUCTS), "no tensor cores"
+    if arch == 90 and launch.arguments.get("BM", 64) >= 64:
+        assert "wgmma.mma_async" in binary.ptx
+        assert "HGMMA" in binary.sass
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("case", LARGE)
+def test_large_tiles_spill_nowhere(monkeypatch: pytest.MonkeyPatch, case: str, arch: int) -> None:
+    products(monkeypatch, LARGE[case], arch)
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_other_tiles_spill_nothing(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    products(monkeypatch, SMALL[case], 90)
+
+
+@pytest.mark.parametrize("case", MEMORY_BOUND)
+def test_memory_bound_kernels_leave_room_for_many_warps(
+    monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    found = {launch.kernel.__name__: launch for launch in launches(monkeypatch, MEMORY_BOUND[case])}
+    assert found
+    for launch in found.values():
+        binary = compile_launch(launch, 90)
+        check(binary, launch)
+        assert binary.registers <= 128, f"{launch.kernel.__name__} takes {binary.registers}"
+
+
+ONE = [meta(1)]
+ONES: dict[str, Any] = {
+    "outer": linear_case((1, 1, 1, 1), F32, True, "outer"),
+    "direct": linear_case((1, 2, 1, 1), F32, True, "direct"),
+    "gram": linear_case((1, 2, 1, 1), F32, False, "gram"),
+    "conv": conv_case((1, 1, 1, 1), F32, True, dims=1),
+    "embedding": (
+        embedding.embedding_weight_grad,
+        (meta(1, 1), meta(1, dtype=torch.int64), 1, 1, 1, True),
+    ),
+    "scale": (norm.scale_weight_grad, (meta(1, 1, 1, 1),) * 4 + (1, True, True, True)),
+    "adagrad": (adagrad.adagrad_, (ONE, ONE, ONE, ONE, 1.0, 1.0, 1.0, True, 1.0, 1)),
+    "update": (
+        linear_update.linear_adagrad_,
+        (*(meta(1, 1),) * 4, 1, True, True, 1.0, 1.0, 1.0, False, 1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ONES)
+def test_ones_compile(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Triton compiles arguments that are 1 as constants: other code than with any other size."""
+    for launch in launches(monkeypatch, ONES[case]):
+        assert "STG" in compile_launch(launch, 90).sass
+
+
+def test_every_kernel_is_registered_once() -> None:
+    """Where the compiled library has no CUDA kernel, the Triton kernel takes its place."""
+    key = "CUDA"
+
+    def has(name: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_library.NAMESPACE}::{name}", key)
+
+    compiled = {name for name in ops.NAMES if has(name)}
+    registration = triton_kernels.register()
+    try:
+        assert all(has(name) for name in triton_kernels.FAMILIES)
+    finally:
+        registration._destroy()
+    assert {name for name in ops.NAMES if has(name)} == compiled
+
+
+def test_unsuitable_arguments_go_to_the_reference() -> None:
+    assert triton_kernels.suits(meta(2, 3), meta(2, 3))
+    assert triton_kernels.suits([meta(2, 3), meta(0)], [meta(2, 3), meta(0)])
+    assert not triton_kernels.suits(meta(2, 3, dtype=torch.float64), meta(2, 3))
+    assert not triton_kernels.suits([meta(2), meta(2, dtype=torch.float64)], [meta(2), meta(2)])
+    assert not triton_kernels.suits(meta(0, 3), meta(0, 3))
+    assert not triton_kernels.suits(meta(2, 2**31), meta(2, 3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels are loaded")
+def test_says_why_it_is_not_loaded() -> None:
+    assert triton_kernels.load_error == "no CUDA device"

@@ -1,0 +1,107 @@
+"""Compiles what a launcher would launch, ahead of time: no GPU takes part.
+
+`record` runs a launcher on meta tensors and keeps its kernel launches; `compile_launch` compiles
+one as Triton's just-in-time compiler would, with the same types, specialised values and options,
+and reads the machine code's registers, stack (spills) and shared memory.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: arguments by name, and the compiler's options."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What became of a launch on one architecture."""
+
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+    sass: str
+
+
+def record(
+    monkeypatch: Any, launcher: Callable[..., Any], *arguments: Any, **named: Any
+) -> list[Launch]:
+    """The launches of launcher(*arguments, **named), which are not carried out."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False))
+        options = {k: v for k, v in given.items() if k not in kernel.arg_names}
+        values |= {k: v for k, v in given.items() if k in kernel.arg_names}
+        assert set(values) == set(kernel.arg_names), kernel.__name__
+        launches.append(Launch(kernel, tuple(grid), values, options))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        launcher(*arguments, **named)
+    return launches
+
+
+def compile_launch(launch: Launch, arch: int) -> Binary:
+    """Compiles for sm_<arch>."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        aligned = isinstance(value, torch.Tensor)
+        if parameter.is_constexpr or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    sass = _disassemble(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", sass)
+    assert found, sass
+    return Binary(int(found[1]), int(found[2]), compiled.metadata.shared, compiled.asm["ptx"], sass)
+
+
+def _disassemble(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,337 @@
+"""Triton kernels against the reference in float64: in Triton's interpreter, or on a GPU.
+
+test_triton.py runs this file in a process of its own, because the interpreter's switch must be set
+before triton is imported; to run it alone, without the switch on a GPU:
+
+    TRITON_INTERPRET=1 python -m pytest tests/triton_kernel_cases.py
+
+Memory that a kernel forgets to write holds NaN.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from tolerance import assert_close_to_truth
+from torch import Tensor
+from triton.runtime import interpreter
+
+from adagrad_kernels import reference
+from adagrad_kernels.triton_kernels import (
+    adagrad,
+    common,
+    conv,
+    embedding,
+    linear,
+    linear_update,
+    norm,
+    statistics,
+)
+
+if triton.__version__.startswith("3.6."):  # it makes loop bounds by int(array of one), once legal
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+
+@pytest.fixture(autouse=True)
+def where_the_kernels_run() -> Iterator[None]:
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    with torch.device("cpu" if common.interpreting() else "cuda"):
+        yield
+    for setting, value in zip(settings, before, strict=True):
+        setting.fp32_precision = value
+
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def double(argument: Any) -> Any:
+    """A copy in float64: of a floating point tensor, of a list of them; anything else as it is."""
+    if isinstance(argument, Tensor):
+        return argument.double() if argument.is_floating_point() else argument
+    if isinstance(argument, (list, tuple)):
+        return [double(a) for a in argument]
+    return argument
+
+
+def compare(kernel: Callable[..., Any], plain: Callable[..., Any], *arguments: Any) -> None:
+    """Asserts that the kernel's results are as close to the truth as plain PyTorch's."""
+    plain_arguments = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    results = kernel(*arguments)
+    truths = plain(*double(plain_arguments))
+    plains = plain(*plain_arguments)
+    for k, (result, truth, expected) in enumerate(zip(results, truths, plains, strict=True)):
+        assert_close_to_truth(result, truth, expected, what=f"result {k}")
+
+
+# b, T, O, I: one position and several, below and beyond one tile, one split and several
+LINEAR = [(5, 1, 7, 9), (40, 1, 130, 70), (3, 5, 17, 20), (4, 70, 33, 140), (9, 65, 20, 1)]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "coordinates"), [
+    *itertools.product(LINEAR, [F32], [False, True]),
+    (LINEAR[1], BF16, True), (LINEAR[3], BF16, True), (LINEAR[3], F16, False),
+])  # fmt: skip
+def test_linear(shape: tuple[int, ...], dtype: torch.dtype, coordinates: bool) -> None:
+    b, positions, rows, columns = shape
+    g = torch.randn(b, positions, rows, dtype=dtype)
+    x = torch.randn(b, positions, columns, dtype=dtype)
+    for method in ("direct", None) if positions > 1 else (None,):
+
+        def kernel(*arguments: Any, method: str | None = method) -> Any:
+            return linear.linear_weight_grad(*arguments, method=method)
+
+        compare(kernel, reference.linear_weight_grad, g, x, b + 3, True, True, coordinates)
+
+
+@pytest.mark.parametrize("positions", [2, 64, 65, 130])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_gram(positions: int, dtype: torch.dtype) -> None:
+    g = torch.randn(2, positions, 20, dtype=dtype)
+    x = torch.randn(2, positions, 70, dtype=dtype)
+
+    def kernel(*arguments: Any) -> Any:
+        return linear.linear_weight_grad(*arguments, method="gram")
+
+    compare(kernel, reference.linear_weight_grad, g, x, 2, True, True, False)
+
+
+@pytest.mark.parametrize("positions", [1, 4])
+@pytest.mark.parametrize(("weight", "bias"), [(True, False), (False, True)])
+def test_linear_with_one_frozen(positions: int, weight: bool, bias: bool) -> None:
+    g = torch.randn(3, positions, 6).expand(3, positions, 6)
+    x = torch.randn(4, positions, 3).transpose(0, 2)  # not contiguous
+    compare(linear.linear_weight_grad, reference.linear_weight_grad, g, x, 3, weight, bias, True)
+
+
+def test_linear_takes_more_dimensions() -> None:
+    g, x = torch.randn(3, 2, 4, 6), torch.randn(3, 2, 4, 5)
+    compare(linear.linear_weight_grad, reference.linear_weight_grad, g, x, 3, True, True, True)
+
+
+def test_the_gram_form_is_for_norms_of_few_positions_alone() -> None:
+    def method(positions: int, coordinates: bool) -> str:
+        g = torch.empty(8, positions, 1024, device="meta")
+        return linear.choose_method(g, g, coordinates)
+
+    assert method(1, False) == "outer"
+    assert method(16, False) == "gram"
+    assert method(16, True) == "direct"
+    assert method(2048, False) == "direct"
+
+
+def test_splits_fill_the_device_and_stay_in_bounds() -> None:
+    def splits(tiles: int, steps: int, size: int) -> int:
+        return common.choose_splits(torch.device("cpu"), tiles, steps, size)
+
+    assert splits(1, 4, 100) == 1  # nothing to divide
+    assert splits(1, 40, 100) == 10
+    assert splits(1000, 10**6, 100) == 1  # the device is full
+    assert splits(1, 10**6, 1 << 26) == 1  # the parts would take too much memory
+
+
+LAST2, LAST3 = torch.channels_last, torch.channels_last_3d
+CONV: list[tuple[Any, ...]] = [
+    # input, O, kernel_size, stride, padding, dilation, groups, memory format
+    ((3, 4, 9, 8), 6, (3, 2), (2, 1), (1, 0), (1, 2), 2, torch.contiguous_format),
+    ((3, 4, 9, 8), 6, (3, 2), (2, 1), (1, 0), (1, 2), 2, LAST2),
+    ((2, 1, 12, 12), 5, (5, 5), (1, 1), (2, 2), (1, 1), 1, torch.contiguous_format),
+    ((2, 3, 20), 5, (4,), (2,), (1,), (1,), 1, torch.contiguous_format),
+    ((2, 3, 5, 6, 7), 4, (2, 3, 2), (1, 2, 1), (1, 1, 0), (2, 1, 1), 1, torch.contiguous_format),
+    ((2, 3, 5, 6, 7), 4, (2, 3, 2), (1, 2, 1), (1, 1, 0), (2, 1, 1), 1, LAST3),
+    ((9, 40, 4, 4), 70, (3, 3), (1, 1), (1, 1), (1, 1), 1, LAST2),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "coordinates"), [
+    *itertools.product(CONV, [F32], [True]),
+    (CONV[0], F32, False), (CONV[1], BF16, True), (CONV[2], F16, False),
+])  # fmt: skip
+def test_conv(case: tuple[Any, ...], dtype: torch.dtype, coordinates: bool) -> None:
+    shape, rows, size, stride, padding, dilation, groups, memory_format = case
+    x = torch.randn(shape, dtype=dtype).to(memory_format=memory_format)
+    convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(size)]
+    weight = torch.randn(rows, shape[1] // groups, *size, dtype=dtype)
+    y = convolution(x, weight, None, stride, padding, dilation, groups)
+    g = torch.randn(y.shape, dtype=dtype).to(memory_format=memory_format)
+    options = [list(size), list(stride), list(padding), list(dilation), groups, shape[0] + 2]
+    kernel, plain = conv.conv_weight_grad, reference.conv_weight_grad
+    compare(kernel, plain, g, x, *options, True, True, coordinates)
+
+
+def test_conv_of_strange_strides() -> None:
+    x = torch.randn(2, 9, 8, 3).permute(0, 3, 2, 1)[:, :, ::2]
+    g = torch.ones(()).expand(2, 5, 2, 7)
+    options = [[3, 3], [1, 1], [0, 0], [1, 1], 1, 2, True, True, True]
+    compare(conv.conv_weight_grad, reference.conv_weight_grad, g, x, *options)
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(True, False), (False, True)])
+def test_conv_with_one_frozen(weight: bool, bias: bool) -> None:
+    g, x = torch.randn(2, 5, 6, 6), torch.randn(2, 3, 6, 6)
+    options = [[3, 3], [1, 1], [1, 1], [1, 1], 1, 2, weight, bias, True]
+    compare(conv.conv_weight_grad, reference.conv_weight_grad, g, x, *options)
+
+
+@pytest.mark.parametrize("coordinates", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "tokens", "width", "padding_idx"),
+    [((3, 10), 7, 20, 2), ((2,), 5, 300, -1), ((4, 3, 11), 6, 16, 0)],
+)
+def test_embedding(
+    shape: tuple[int, ...], tokens: int, width: int, padding_idx: int, coordinates: bool
+) -> None:
+    g, indices = torch.randn(*shape, width), torch.randint(tokens, shape)
+    arguments = (g, indices, tokens + 1, padding_idx, shape[0] + 2, coordinates)
+    compare(embedding.embedding_weight_grad, reference.embedding_weight_grad, *arguments)
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("shape", "statistics_shape"),
+    [
+        ((3, 7, 140, 1), (3, 7, 1, 1)),  # LayerNorm
+        ((3, 1, 20, 600), (3, 1, 20, 1)),  # GroupNorm, more than one chunk
+        ((2, 1, 5, 9), (1, 1, 5, 1)),  # BatchNorm
+        ((2, 530, 3, 1), None),  # no mean
+    ],
+)
+def test_scale(
+    shape: tuple[int, ...], statistics_shape: tuple[int, ...] | None, weight: bool, bias: bool
+) -> None:
+    g, x = torch.randn(shape), torch.randn(shape)
+    mean = torch.randn(statistics_shape) if statistics_shape else None
+    rstd = torch.rand(statistics_shape or (*shape[:2], 1, 1))
+    arguments = (g, x, mean, rstd, shape[0] + 2, weight, bias, True)
+    compare(norm.scale_weight_grad, reference.scale_weight_grad, *arguments)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", [(5, 3), (70, 30), (3, 1000), (40, 1)])
+def test_sample_statistics(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    g = torch.rand(shape, dtype=dtype)
+    compare(statistics.sample_statistics, reference.sample_statistics, g)
+
+
+def parameters() -> list[Tensor]:
+    image = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    return [torch.randn(3, 5), image, torch.randn(3000), torch.randn(()), torch.randn(0)]
+
+
+def updated(update: Callable[..., Any], params: Any, grads: Any, sums: Any, *rest: Any) -> Any:
+    """Everything that an update changes or returns, from copies of its arguments; float32."""
+    params = [p.clone() for p in params]
+    sums = [v.clone() for v in sums] if isinstance(sums, list) else sums.clone()
+    norm_sq, reductions = update(params, grads, sums, *rest)
+    sums = sums if isinstance(sums, list) else [sums]
+    return [norm_sq, *reductions, *params, *sums]
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("coordinates", [False, True])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_adagrad(scalar: bool, coordinates: bool, maximize: bool) -> None:
+    params = parameters()
+    grads = [torch.randn(p.shape) for p in params]  # of another layout than the image
+    squares = [g.square() / 7 + torch.rand(g.shape) for g in grads] if coordinates else []
+    if scalar:
+        sums: Any = torch.tensor(0.5, dtype=torch.float64)
+        rest: Sequence[Any] = ([0.1, 0.2, 0.3, 0.4, 0.5], 1e-10, [0.01, 0.0, 0.0, 0.1, 0.0])
+        kernel, plain = adagrad.adagrad_norm_, reference.adagrad_norm_
+    else:
+        sums = [torch.rand_like(p) for p in params]
+        rest = (0.1, 1e-10, 0.01)
+        kernel, plain = adagrad.adagrad_, reference.adagrad_
+    arguments = (params, grads, sums, squares, *rest, maximize, 0.5, 9)
+    results = updated(kernel, *arguments)
+    plains, truths = updated(plain, *arguments), updated(plain, *double(arguments))
+    for result, expected, truth in zip(results, plains, truths, strict=True):
+        # Sums come in float64 but of float32 terms.
+        assert_close_to_truth(result.float(), truth, expected.float())
+
+
+def test_adagrad_says_what_does_not_fit() -> None:
+    w, v = [torch.ones(2, 3)], [torch.ones(2, 3)]
+    rest = (0.1, 1e-10, 0.0, False, 1.0, 2)
+    with pytest.raises(RuntimeError, match="differ in length"):
+        adagrad.adagrad_(w, w, v * 2, [], *rest)
+    with pytest.raises(RuntimeError, match="the shape of gradient 0"):
+        adagrad.adagrad_(w, [torch.ones(3, 2)], v, [], *rest)
+    with pytest.raises(RuntimeError, match="accumulator 0"):
+        adagrad.adagrad_(w, w, [torch.ones(3, 2).T], [], *rest)
+    with pytest.raises(RuntimeError, match="gaps"):
+        adagrad.adagrad_([torch.ones(2, 6)[:, ::2]], w, v, [], *rest)
+
+
+def test_terms_of_many_blocks() -> None:
+    table = torch.rand(2500, 5)
+    table[100, 2] = 7
+    truth = table.double().sum(0)
+    truth[2] = 7
+    assert_close_to_truth(adagrad.pool_terms(table, 5).float(), truth, truth.float())
+
+
+def test_grad_norm_sq() -> None:
+    tensors = [*parameters(), torch.randn(4, 6)[:, ::2], torch.randn(3).bfloat16()]
+    truth = reference.grad_norm_sq(tensors)
+    found = adagrad.grad_norm_sq(tensors)
+    assert_close_to_truth(found.float(), truth, truth.float())
+
+
+@pytest.mark.parametrize(("coordinates", "bias", "maximize"), [
+    (False, False, False), (False, True, True), (True, True, False)
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [(5, 1, 30, 70), (4, 33, 20, 150), (70, 1, 140, 70)])
+def test_linear_update(
+    shape: tuple[int, ...], coordinates: bool, bias: bool, maximize: bool
+) -> None:
+    b, positions, rows, columns = shape
+    g, x = torch.randn(b, positions, rows), torch.randn(b, positions, columns)
+    w, v = torch.randn(rows, columns), torch.rand(rows, columns)
+    rest = (b + 3, bias, coordinates, 0.1, 1e-9, 0.02, maximize, 0.5)
+
+    def everything(update: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
+        g, x, w, v = (t.clone() for t in tensors)
+        norm_sq, reductions, *others = update(g, x, w, v, *rest)
+        return [norm_sq, *reductions, *others, w, v]
+
+    plain = linear_update.linear_adagrad_reference_
+    results = everything(linear_update.linear_adagrad_, g, x, w, v)
+    truths, plains = everything(plain, *double([g, x, w, v])), everything(plain, g, x, w, v)
+    for k, (result, truth, expected) in enumerate(zip(results, truths, plains, strict=True)):
+        assert_close_to_truth(result.float(), truth, expected.float(), what=f"result {k}")
+
+
+@pytest.mark.parametrize("kernel", [linear.linear_weight_grad, conv.conv_weight_grad])
+def test_shapes_that_do_not_fit(kernel: Callable[..., Any]) -> None:
+    options = () if kernel is linear.linear_weight_grad else ([1], [1], [0], [1], 1)
+    with pytest.raises(RuntimeError, match="expected grad_out"):
+        kernel(torch.ones(2, 3, 4), torch.ones(3, 3, 4), *options, 3, True, True, False)
+    with pytest.raises(RuntimeError, match="do not fit a probe of capacity 1"):
+        kernel(torch.ones(2, 3, 4), torch.ones(2, 3, 4), *options, 1, True, True, False)
+
+
+def test_embedding_and_scale_shapes_that_do_not_fit() -> None:
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="expected grad_out"):
+        embedding.embedding_weight_grad(torch.ones(2, 4, 5), tokens, 5, -1, 2, False)
+    with pytest.raises(RuntimeError, match="expected grad_out"):
+        norm.scale_weight_grad(
+            torch.ones(2, 1, 3, 1), torch.ones(2, 3), None, None, 2, True, True, False
+        )
+    with pytest.raises(RuntimeError, match="expected g"):
+        statistics.sample_statistics(torch.ones(3))
