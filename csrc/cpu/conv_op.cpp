@@ -81,7 +81,8 @@ LayerGrads conv_weight_grad_cpu(const Tensor& grad_out_any, const Tensor& input_
     }
   }
   const auto output = [&](bool wanted, const std::vector<int64_t>& shape) {
-    return new_zeros(grad_out, wanted ? shape : std::vector<int64_t>{0});
+    if (!wanted) return new_empty(grad_out, {0});
+    return samples > 0 ? new_empty(grad_out, shape) : new_zeros(grad_out, shape);
   };
   std::vector<int64_t> shape = {out_channels, channels};
   shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());

@@ -130,7 +130,7 @@ struct WeightGrad {
   const int64_t* position;                                     // [positions], offsets into it
   int64_t positions;                                           // how many t
   int64_t image() const { return channels * depth * height * width; }
-  // outputs, all added to
+  // outputs; the first two are overwritten, the others added to
   T* sum;          // [panels][members][panel_width]
   T* sum_sq;       // the same, or null
   double* norms;   // [samples of the whole batch]

@@ -83,12 +83,6 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
       a.sum_sq = coordinates ? a.sum + split.sums() : nullptr;
       a.wide_sum = bias ? base + sums + g * split.panels * width : nullptr;
       a.wide_sum_sq = bias && coordinates ? a.wide_sum + bias_size : nullptr;
-      for (T* region : {a.sum, a.sum_sq}) {
-        if (region) {
-          std::fill(region + first_panel * split.panel_elements,
-                    region + last_panel * split.panel_elements, T(0));
-        }
-      }
       for (T* region : {a.wide_sum, a.wide_sum_sq}) {
         if (region) std::fill(region + first_panel * width, region + last_panel * width, T(0));
       }

@@ -20,6 +20,7 @@ struct Chunk {
   const T* narrow;      // packed image of the first sample
   int64_t narrow_stride;
   int64_t samples;
+  bool first;  // of its range: the sums are written, not added to
 };
 
 template <class T, int MR, int NV, bool NORMS>
@@ -68,10 +69,11 @@ __attribute__((noinline)) void tile(const WeightGrad<T>& a, const Chunk<T>& chun
   for (int m = 0; m < MR; ++m) {
     for (int v = 0; v < NV; ++v) {
       T* out = sum + m * kWidth + v * kLanes<T>;
-      store(out, load(out) + (NORMS ? total[m][v] : acc[m][v]));
+      const Vector<T> added = NORMS ? total[m][v] : acc[m][v];
+      store(out, chunk.first ? added : load(out) + added);
       if (!sum_sq) continue;
       out = sum_sq + m * kWidth + v * kLanes<T>;
-      store(out, load(out) + squares[m][v]);
+      store(out, chunk.first ? squares[m][v] : load(out) + squares[m][v]);
     }
   }
 }
@@ -228,9 +230,12 @@ ADAGRAD_KERNELS_INLINE void range(const WeightGrad<T>& a, int64_t first, int64_t
   T* norms = image + (in_place ? 0 : a.chunk * image_size);
   for (int64_t s0 = first; s0 < last; s0 += a.chunk) {
     const int64_t samples = last - s0 < a.chunk ? last - s0 : a.chunk;
-    const Chunk<T> chunk = {wide, (last_panel - first_panel) * panel_size,
+    const Chunk<T> chunk = {wide,
+                            (last_panel - first_panel) * panel_size,
                             in_place ? a.narrow + s0 * a.narrow_sample : image,
-                            in_place ? a.narrow_sample : image_size, samples};
+                            in_place ? a.narrow_sample : image_size,
+                            samples,
+                            s0 == first};
     for (int64_t s = 0; s < samples; ++s) {
       store(norms + s * kLanes<T>, Vector<T>{});
       if (!in_place) pack_narrow(a, s0 + s, image + s * image_size);
