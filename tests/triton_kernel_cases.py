@@ -8,6 +8,7 @@ before triton is imported; to run it alone, without the switch on a GPU:
 Memory that a kernel forgets to write holds NaN.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from tolerance import assert_close_to_truth
 from torch import Tensor
 from triton.runtime import interpreter
 
-from adagrad_kernels import reference
+from adagrad_kernels import reference, triton_kernels
 from adagrad_kernels.triton_kernels import (
     adagrad,
     common,
@@ -335,3 +336,37 @@ def test_embedding_and_scale_shapes_that_do_not_fit() -> None:
         )
     with pytest.raises(RuntimeError, match="expected g"):
         statistics.sample_statistics(torch.ones(3))
+
+
+@pytest.mark.parametrize("name", triton_kernels.FAMILIES)
+def test_registered_functions_take_what_the_schemas_give(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Kernels, or for float64 the reference: both get an op's arguments by position."""
+    if common.interpreting():
+        monkeypatch.setattr(triton_kernels, "_capable", lambda device: True)
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    p, g, sequence = [torch.ones(3)], [torch.rand(3)], (torch.randn(2, 3, 4), torch.randn(2, 3, 5))
+    v = torch.ones((), dtype=torch.float64)
+    rest = (True, True, True)
+    arguments = {
+        "sample_statistics": (torch.randn(3, 4),),
+        "adagrad_": (p, g, [torch.ones(3)], [], 0.1, 1e-10, 0.0, False, 1.0, 2),
+        "adagrad_norm_": (p, g, v, [], [0.1], 1e-10, [0.0], False, 1.0, 2),
+        "grad_norm_sq": (g,),
+        "linear_weight_grad": (*sequence, 2, *rest),
+        "conv_weight_grad": (*sequence, [1], [1], [0], [1], 1, 2, *rest),
+        "embedding_weight_grad": (sequence[0], torch.tensor([[0, 1, 0]] * 2), 2, -1, 2, True),
+        "scale_weight_grad": (*[torch.randn(2, 3, 4, 1)] * 2, None, None, 2, *rest),
+    }[name]
+    if name == "conv_weight_grad":
+        arguments = (sequence[0].transpose(1, 2), sequence[1].transpose(1, 2), *arguments[2:])
+    for given in (arguments, tuple(double(arguments))):
+        truth = getattr(reference, name)(*double(given))
+        result = triton_kernels._kernel(name)(*[a.clone() if a is v else a for a in given])
+        for found, wanted in zip(
+            [result] if isinstance(result, Tensor) else result,
+            [truth] if isinstance(truth, Tensor) else truth,
+            strict=True,
+        ):
+            assert_close_to_truth(found.float(), wanted, wanted.float())

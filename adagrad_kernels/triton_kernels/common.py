@@ -1,0 +1,169 @@
+"""What the launchers share: precision, splits, the probe, and the two closing kernels.
+
+Kernels name things as in flash-linear-attention: i_ program index, o_ offsets, m_ mask, p_ pointer,
+b_ block in registers. Nothing is summed by atomics: programs write partial sums, and a second
+kernel adds them in a fixed order, so the same call gives the same bits twice.
+
+The same launchers run in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1). Its bf16
+`tl.dot` is wrong, so `operand` widens bf16 there; the values are the same.
+
+Tile shapes follow the register budget: an fp32 accumulator of M×N takes M·N/threads registers of
+a thread, which has 255. Not measured on a GPU.
+"""
+
+# Kernels are written in Triton's language, not in Python's types.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+"""Given to every kernel: Triton's default for multiply-add fusion differs between versions."""
+
+_MULTIPROCESSORS = 132  # of an H100, where there is no device to ask
+_PARTIAL_BYTES = 1 << 26  # what the partial sums of split samples may take
+
+
+@triton.jit
+def sum_splits_kernel(
+    p_parts, p_sum, p_square, n, splits, SQUARES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """sum[j] = Σ_s parts[s, 0, j] and square[j] = Σ_s parts[s, 1, j], s ascending."""
+    o_j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_j = o_j < n
+    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    b_square = tl.zeros([BLOCK], dtype=tl.float32)
+    for _ in range(splits):
+        b_sum += tl.load(p_parts + o_j, mask=m_j, other=0.0)
+        if SQUARES:
+            b_square += tl.load(p_parts + n + o_j, mask=m_j, other=0.0)
+            p_parts += n
+        p_parts += n
+    tl.store(p_sum + o_j, b_sum, mask=m_j)
+    if SQUARES:
+        tl.store(p_square + o_j, b_square, mask=m_j)
+
+
+@triton.jit
+def pool_norms_kernel(
+    p_partials, p_probe, samples, capacity, parts, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """probe[0, i] = Σ_k partials[i, k] and probe[1, i] = 1 for i < samples, 0 beyond."""
+    o_i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_i = o_i < samples
+    b_norm = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for k in range(0, parts, BLOCK):
+        o_k = k + tl.arange(0, BLOCK)
+        p_k = p_partials + o_i[:, None].to(tl.int64) * parts + o_k[None, :]
+        b_norm += tl.load(p_k, mask=m_i[:, None] & (o_k[None, :] < parts), other=0.0)
+    tl.store(p_probe + o_i, tl.sum(b_norm, axis=1), mask=o_i < capacity)
+    tl.store(p_probe + capacity + o_i, tl.where(m_i, 1.0, 0.0), mask=o_i < capacity)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in the interpreter."""
+    return knobs.runtime.interpret
+
+
+def operand(t: Tensor) -> Tensor:
+    """A tensor that a kernel may multiply."""
+    return t.float() if interpreting() and t.dtype == torch.bfloat16 else t
+
+
+def precision(setting: Any) -> str:
+    """`tl.dot`'s precision for float32 operands, from a `torch.backends` entry.
+
+    "tf32" where PyTorch may use it, otherwise "tf32x3": three tf32 products of the operands' upper
+    and lower halves, 22 bits of 24, on the tensor cores.
+    """
+    chosen = setting.fp32_precision
+    if chosen == "none":
+        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if chosen == "tf32" else "tf32x3"
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def choose_splits(device: torch.device, tiles: int, steps: int, output_bytes: int) -> int:
+    """Into how many parts to split the samples, so that a small output fills the device.
+
+    Args:
+        device: where the kernel runs.
+        tiles: programs without splitting.
+        steps: passes through a program's loop without splitting.
+        output_bytes: of one part.
+    """
+    if output_bytes == 0:
+        return 1
+    wanted = triton.cdiv(2 * _multiprocessors(device), max(1, tiles))
+    return max(1, min(wanted, steps // 4, _PARTIAL_BYTES // output_bytes, 256))
+
+
+class SplitSums:
+    """Σ_i c_i and Σ_i c_i² of one shape, written whole or in parts.
+
+    Attributes:
+        sum: the result, of shape [0] if not wanted; complete after `finish`.
+        square: likewise.
+        arguments: (p_sum, p_square, stride of a split) for the kernel.
+    """
+
+    def __init__(
+        self, like: Tensor, shape: tuple[int, ...], splits: int, wanted: bool, squares: bool
+    ) -> None:
+        def empty(*size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.float32, device=like.device)
+
+        self.splits, self.squares = splits, wanted and squares
+        self.sum = empty(*shape) if wanted else empty(0)
+        self.square = empty(*shape) if self.squares else empty(0)
+        self.arguments = (self.sum, self.square, 0)
+        if splits > 1:
+            n = self.sum.numel()
+            self._parts = empty(splits, 1 + self.squares, n)
+            self.arguments = (self._parts, self._parts[:, -1], (1 + self.squares) * n)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Adds the parts up, in order, and returns (sum, square)."""
+        n = self.sum.numel()
+        if self.splits > 1 and n:
+            sum_splits_kernel[(triton.cdiv(n, 512),)](
+                self._parts, self.sum, self.square, n, self.splits,
+                SQUARES=self.squares, BLOCK=512, num_warps=4, **OPTIONS,
+            )  # fmt: skip
+        return self.sum, self.square
+
+
+def empty_probe(like: Tensor, samples: int, capacity: int) -> Tensor:
+    """The probe's gradient [2, capacity], not yet written.
+
+    Raises:
+        RuntimeError: if it has not a column for every sample.
+    """
+    if samples > capacity:
+        raise RuntimeError(f"{samples} samples do not fit a probe of capacity {capacity}")
+    return torch.empty(2, capacity, dtype=torch.float32, device=like.device)
+
+
+def pool_norms(partials: Tensor, samples: int, capacity: int) -> Tensor:
+    """The probe's gradient from partial squared norms [b, parts]."""
+    probe = empty_probe(partials, samples, capacity)
+    parts = partials.shape[1]
+    block = min(128, triton.next_power_of_2(max(1, parts)))
+    pool_norms_kernel[(triton.cdiv(capacity, 8),)](
+        partials, probe, samples, capacity, parts, ROWS=8, BLOCK=block, num_warps=4, **OPTIONS
+    )  # fmt: skip
+    return probe

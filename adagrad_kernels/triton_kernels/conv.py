@@ -1,0 +1,287 @@
+"""A convolution's weight gradient with per-sample norms and coordinate sums: implicit GEMM.
+
+For one to three spatial dimensions; fewer are three with leading sizes of 1. A sample's gradient is
+    c_i[o, r] = Σ_p g_i[o, p] x_i[c, stride·p + dilation·k − padding],      r = (c, k)
+a product over P output pixels of g_i with patches of x_i that are gathered on the way to the tensor
+cores and never written. As in linear.py, a tile of c_i grows in registers, then goes to the sum,
+its square to the coordinate sum and its squared length to a [b, tiles] table: multiply-adds as for
+the gradient alone. Positions of all samples form one loop.
+
+Gathering costs about fifteen integer operations for an element of the patch tile [BK, BN], against
+BM multiply-adds: BM (output channels) is 128 where there are as many. Threads run along the
+dimension that is contiguous: channels for channels-last tensors (r counts channels fastest), pixels
+otherwise. What it does badly: depthwise convolutions waste most of their 16×16 tile, and with few
+output pixels the vector operations, two or three a coordinate and sample, outweigh the product. Not
+measured on a GPU.
+"""
+
+# Kernels are written in Triton's language, not in Python's types.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+from .statistics import column_parts, column_statistics
+from .tiles import Tile
+
+
+@triton.jit
+def patch_index(o_r, C, KD, KH, KW, CHANNELS_LAST: tl.constexpr):
+    """(c, kd, kh, kw) of the columns o_r of the weight as a matrix."""
+    K = KD * KH * KW
+    if CHANNELS_LAST:
+        o_c, o_k = o_r % C, o_r // C
+    else:
+        o_c, o_k = o_r // K, o_r % K
+    return o_c, o_k // (KW * KH), o_k // KW % KH, o_k % KW
+
+
+@triton.jit
+def patches(
+    p_x, o_p, o_c, o_kd, o_kh, o_kw, D, H, W, OH, OW, x_c, x_d, x_h, x_w,
+    SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS: tl.constexpr,
+):  # fmt: skip
+    """x at the positions o_p seen through the kernel elements o_k, zero outside the image.
+
+    o_p and the o_c, o_k broadcast against each other: either may run along either axis.
+    """
+    o_w = o_p % OW * SW - PW + o_kw * DW
+    p_w = p_x + o_c * x_c + o_w * x_w
+    mask = (o_p < P) & (o_c < C) & (o_w >= 0) & (o_w < W)
+    if DIMS > 1:
+        o_h = o_p // OW % OH * SH - PH + o_kh * DH
+        p_w += o_h * x_h
+        mask = mask & (o_h >= 0) & (o_h < H)
+    if DIMS > 2:
+        o_d = o_p // (OW * OH) * SD - PD + o_kd * DD
+        p_w += o_d * x_d
+        mask = mask & (o_d >= 0) & (o_d < D)
+    return tl.load(p_w, mask=mask, other=0.0)
+
+
+@triton.jit
+def conv_weight_grad_kernel(
+    p_g, p_x, p_sum, p_square, p_partials,
+    samples, P, O, C, D, H, W, OH, OW, KD, KH, KW, SD, SH, SW, PD, PH, PW, DD, DH, DW,
+    g_i, g_c, g_p, x_i, x_c, x_d, x_h, x_w, split_stride, split_samples, parts,
+    DIMS: tl.constexpr, G_LAST: tl.constexpr, X_LAST: tl.constexpr,
+    SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Σ_i c_i, and with SQUARES Σ_i c_i², of one tile, one split of the samples and one group.
+
+    O and C count a group's channels; strides are those of p_g [b, O, P] and p_x [b, C, D, H, W].
+    """
+    i_tile, i_s, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    R = C * KD * KH * KW
+    tiles_n = tl.cdiv(R, BN)
+    i_m, i_n = i_tile // tiles_n, i_tile % tiles_n
+    o_m, o_n, o_k = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    o_c, o_kd, o_kh, o_kw = patch_index(o_n, C, KD, KH, KW, X_LAST)
+    o_c = tl.where(o_n < R, o_c, C)  # masked in `patches`
+    p_g += i_group.to(tl.int64) * O * g_c
+    p_x += i_group.to(tl.int64) * C * x_c
+    p_partials += i_group * tl.num_programs(0) + i_tile
+
+    b_c = tl.zeros([BM, BN], dtype=tl.float32)
+    b_sum = tl.zeros([BM, BN], dtype=tl.float32)
+    b_square = tl.zeros([BM, BN], dtype=tl.float32)
+    steps = tl.cdiv(P, BK)
+    last = tl.minimum((i_s + 1) * split_samples, samples)
+    for step in range(i_s * split_samples * steps, last * steps):
+        i = step // steps
+        o_p = (step - i * steps) * BK + o_k
+        p_gi, p_xi = p_g + tl.cast(i, tl.int64) * g_i, p_x + tl.cast(i, tl.int64) * x_i
+        if G_LAST:
+            m_g = (o_p < P)[:, None] & (o_m < O)[None, :]
+            b_g = tl.load(p_gi + o_p[:, None] * g_p + o_m[None, :] * g_c, mask=m_g, other=0.0)
+            b_g = tl.trans(b_g)
+        else:
+            m_g = (o_p < P)[None, :] & (o_m < O)[:, None]
+            b_g = tl.load(p_gi + o_p[None, :] * g_p + o_m[:, None] * g_c, mask=m_g, other=0.0)
+        if X_LAST:
+            b_x = patches(
+                p_xi, o_p[:, None], o_c[None, :], o_kd[None, :], o_kh[None, :], o_kw[None, :],
+                D, H, W, OH, OW, x_c, x_d, x_h, x_w,
+                SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS,
+            )  # fmt: skip
+        else:
+            b_x = patches(
+                p_xi, o_p[None, :], o_c[:, None], o_kd[:, None], o_kh[:, None], o_kw[:, None],
+                D, H, W, OH, OW, x_c, x_d, x_h, x_w,
+                SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS,
+            )  # fmt: skip
+            b_x = tl.trans(b_x)
+        b_c = tl.dot(b_g, b_x, b_c, input_precision=PRECISION)
+        if (step - i * steps + 1) * BK >= P:
+            b_sum += b_c
+            if SQUARES:
+                b_square += b_c * b_c
+            tl.store(p_partials + tl.cast(i, tl.int64) * parts, tl.sum(b_c * b_c))
+            b_c = tl.zeros([BM, BN], dtype=tl.float32)
+
+    o_r = o_c * (KD * KH * KW) + (o_kd * KH + o_kh) * KW + o_kw
+    o_out = i_s.to(tl.int64) * split_stride + (i_group * O + o_m)[:, None].to(tl.int64) * R
+    m_out = (o_m < O)[:, None] & (o_n < R)[None, :]
+    tl.store(p_sum + o_out + o_r[None, :], b_sum, mask=m_out)
+    if SQUARES:
+        tl.store(p_square + o_out + o_r[None, :], b_square, mask=m_out)
+
+
+def conv_precision() -> str:
+    """How PyTorch's convolutions of float32 are set, see `common.precision`."""
+    return common.precision(torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+
+
+def choose_tile(rows: int, columns: int, positions: int, dims: int, exact: bool) -> Tile:
+    """The tile for a weight of rows × columns and as many output pixels.
+
+    `exact` means operands in halves. Addresses take registers as well, in three dimensions most.
+    """
+
+    def power(n: int, largest: int) -> int:
+        return min(largest, max(16, triton.next_power_of_2(n)))
+
+    bm, block_k = power(rows, 128), power(positions, 16 if dims == 3 or exact else 32)
+    return Tile(bm, power(columns, 64), block_k, 8 if bm == 128 else 4, 3)
+
+
+def weight_grad(
+    g: Tensor,
+    x: Tensor,
+    options: tuple[Sequence[int], ...],
+    dims: int,
+    groups: int,
+    partials: Tensor,
+    tile: Tile,
+    squares: bool,
+) -> tuple[Tensor, Tensor]:
+    """Σ c_i and Σ c_i² [O, C·K] of g [b, O, P, D'…] and x [b, C, D, H, W], and the tiles' norms.
+
+    Args:
+        g: three spatial dimensions, contiguous or channels-last.
+        x: three spatial dimensions, any strides.
+        options: kernel_size, stride, padding and dilation, three numbers each.
+        dims: how many of the three are in use, the last ones.
+        groups: of channels.
+        partials: [b, at least groups · tiles].
+        tile: from `choose_tile`.
+        squares: whether Σ c_i² is wanted.
+    """
+    samples, rows, channels = g.shape[0], g.shape[1] // groups, x.shape[1] // groups
+    columns, positions = channels * math.prod(options[0]), g.shape[2:].numel()
+    tiles = triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
+    steps = samples * triton.cdiv(positions, tile.BK)
+    size = 4 * groups * rows * columns * (1 + squares)
+    splits = common.choose_splits(g.device, tiles * groups, steps, size)
+    split_samples = triton.cdiv(samples, splits)
+    splits = triton.cdiv(samples, split_samples)
+    sums = common.SplitSums(g, (groups * rows, columns), splits, True, squares)
+    p_sum, p_square, split_stride = sums.arguments
+    conv_weight_grad_kernel[(tiles, splits, groups)](
+        g, x, p_sum, p_square, partials,
+        samples, positions, rows, channels, *x.shape[2:], *g.shape[3:],
+        *(number for option in options for number in option),
+        g.stride(0), g.stride(1), g.stride(4), *x.stride(), split_stride, split_samples,
+        partials.shape[1],
+        DIMS=dims, G_LAST=g.stride(1) == 1, X_LAST=x.stride(1) == 1, SQUARES=squares,
+        PRECISION=conv_precision(),
+        **tile._asdict(), **common.OPTIONS,
+    )  # fmt: skip
+    return sums.finish()
+
+
+def conv_weight_grad(
+    grad_out: Tensor,
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    capacity: int,
+    weight: bool,
+    bias: bool,
+    coordinates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ops.conv_weight_grad`."""
+    dims = len(kernel_size)
+    _check(grad_out, input, kernel_size, stride, padding, dilation, groups)
+    samples, rows = grad_out.shape[0], grad_out.shape[1] // groups
+    missing = 3 - dims
+    options = (
+        (1,) * missing + tuple(kernel_size),
+        (1,) * missing + tuple(stride),
+        (0,) * missing + tuple(padding),
+        (1,) * missing + tuple(dilation),
+    )
+    g, x = common.operand(grad_out), common.operand(input)
+    for _ in range(missing):
+        g, x = g.unsqueeze(2), x.unsqueeze(2)
+    if not _one_stride(g):
+        g = g.contiguous()
+    columns = x.shape[1] // groups * math.prod(kernel_size)
+    exact = conv_precision() == "tf32x3" and g.itemsize == 4
+    tile = choose_tile(rows, columns, g.shape[2:].numel(), dims, exact)
+    parts = groups * triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN) if weight else 0
+    bias_parts = column_parts(grad_out.shape[1]) if bias else 0
+    partials = torch.empty(samples, parts + bias_parts, dtype=torch.float32, device=g.device)
+    grad = sums = grad_bias = bias_sums = torch.empty(0, dtype=torch.float32, device=g.device)
+    if bias:
+        vectors = torch.sum(g, (2, 3, 4), dtype=torch.float32)
+        grad_bias, bias_sums = column_statistics(vectors, coordinates, partials, parts)
+    if weight:
+        grad, sums = weight_grad(g, x, options, dims, groups, partials, tile, coordinates)
+        shape = (grad_out.shape[1], x.shape[1] // groups, *kernel_size)
+        grad, sums = grad.view(shape), sums.view(shape) if coordinates else sums
+    return grad, grad_bias, common.pool_norms(partials, samples, capacity), sums, bias_sums
+
+
+def _one_stride(g: Tensor) -> bool:
+    """Whether the positions of g [b, O, D, H, W] lie at equal distances."""
+    (_, _, depth, height, width), (_, _, d, h, w) = g.shape, g.stride()
+    return (height == 1 or h == width * w) and (depth == 1 or d == height * width * w)
+
+
+def _check(
+    grad_out: Tensor,
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    dims = len(kernel_size)
+    if (
+        not 1 <= dims <= 3
+        or not len(stride) == len(padding) == len(dilation) == dims
+        or not grad_out.dim() == input.dim() == dims + 2
+        or grad_out.shape[0] != input.shape[0]
+        or grad_out.dtype != input.dtype
+    ):
+        raise RuntimeError(
+            "conv_weight_grad: expected grad_out [b, O, *D'] and input [b, C, *D] of one dtype "
+            "with one to three spatial dimensions, and kernel_size, stride, padding and dilation "
+            f"with a number for each, got {list(grad_out.shape)} {grad_out.dtype}, "
+            f"{list(input.shape)} {input.dtype} and kernel_size {list(kernel_size)}"
+        )
+    if groups < 1 or input.shape[1] % groups or grad_out.shape[1] % groups:
+        raise RuntimeError(
+            f"conv_weight_grad: {input.shape[1]} input and {grad_out.shape[1]} output channels "
+            f"do not divide into {groups} groups"
+        )
+    for d in range(dims):
+        reach = (grad_out.shape[2 + d] - 1) * stride[d] + (kernel_size[d] - 1) * dilation[d] + 1
+        if reach > input.shape[2 + d] + 2 * padding[d]:
+            raise RuntimeError(
+                "conv_weight_grad: grad_out is larger than this convolution's output"
+            )

@@ -1,0 +1,281 @@
+"""A linear layer's weight gradient with per-sample norms and coordinate sums, in one pass.
+
+Cost for b samples of T positions, I inputs, O outputs; a tile is BM×BN of the weight.
+
+T = 1: c_i = g_i ⊗ x_i, so Σ c_i = GᵀX and Σ c_i² = (G²)ᵀ(X²), 2·b·O·I multiply-adds, with both
+products from one read of the operands (`outer_tile`); ‖c_i‖² = ‖g_i‖²(‖x_i‖² + 1) is a pass over
+rows. Squares of 16-bit operands multiply as float32 does (below); where that is tf32, squares of
+bf16 are rounded to bf16 again. Without coordinate sums the product alone is left: cuBLAS.
+
+T > 1, direct (`direct_tile`): the tile of c_i = G_iᵀX_i grows in registers over the sample's
+positions, then it is added to the sum, its square to the coordinate sum, and its squared length
+goes to a [b, tiles] table. The multiply-adds are those of the gradient alone, b·T·O·I; the vector
+units add two or three operations a sample and coordinate. Positions of all samples form ONE loop,
+so that loads of the next sample are under way while the last one is being squared.
+
+T > 1, Gram (gram.py), norms only and T small against O·I/(O + I): no c_i at all.
+
+float32 multiplies as tf32 if PyTorch's matrix products may, otherwise as three tf32 products of
+halves (22 bits of the 24), several times faster than without tensor cores.
+
+Tiles: tiles.py. Not measured on a GPU.
+"""
+
+# Kernels are written in Triton's language, not in Python's types.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common, gram
+from .statistics import column_parts, column_statistics
+from .tiles import Tile, matmul_precision, tile_for, tile_index
+
+VECTOR_COST = 16
+"""Tensor-core multiply-adds in the time of one fp32 vector operation (H100, 16 bits: 990 over 67
+TFLOP/s; 7 in tf32)."""
+
+
+@triton.jit
+def square_operand(b, PRECISION: tl.constexpr):
+    """b², in bf16 again only if the user gave up precision for speed."""
+    b_square = b.to(tl.float32) * b.to(tl.float32)
+    if PRECISION == "tf32" and b.dtype == tl.bfloat16:
+        b_square = b_square.to(tl.bfloat16)
+    return b_square
+
+
+@triton.jit
+def outer_tile(
+    p_g, p_x, o_m, o_n, first, last, O, I,
+    SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """(Σ_i c_i, Σ_i c_i²) on one tile for samples first ≤ i < last with one position each."""
+    b_sum = tl.zeros([BM, BN], dtype=tl.float32)
+    b_square = tl.zeros([BM, BN], dtype=tl.float32)
+    o_k = tl.arange(0, BK)
+    for k in range(first, last, BK):
+        m_k = (k + o_k < last)[:, None]
+        p_gk = p_g + tl.cast(k, tl.int64) * O + o_k[:, None] * O + o_m[None, :]
+        p_xk = p_x + tl.cast(k, tl.int64) * I + o_k[:, None] * I + o_n[None, :]
+        b_g = tl.load(p_gk, mask=m_k & (o_m < O)[None, :], other=0.0)
+        b_x = tl.load(p_xk, mask=m_k & (o_n < I)[None, :], other=0.0)
+        b_sum = tl.dot(tl.trans(b_g), b_x, b_sum, input_precision=PRECISION)
+        if SQUARES:
+            b_gg, b_xx = square_operand(b_g, PRECISION), square_operand(b_x, PRECISION)
+            b_square = tl.dot(tl.trans(b_gg), b_xx, b_square, input_precision=PRECISION)
+    return b_sum, b_square
+
+
+@triton.jit
+def direct_tile(
+    p_g, p_x, p_partials, o_m, o_n, first, last, T, O, I, parts,
+    SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The same for samples with T positions; writes ‖c_i‖² on the tile to p_partials[i·parts]."""
+    b_c = tl.zeros([BM, BN], dtype=tl.float32)
+    b_sum = tl.zeros([BM, BN], dtype=tl.float32)
+    b_square = tl.zeros([BM, BN], dtype=tl.float32)
+    o_k = tl.arange(0, BK)
+    steps = tl.cdiv(T, BK)
+    for step in range(first * steps, last * steps):
+        i = step // steps
+        t = (step - i * steps) * BK
+        m_k = (t + o_k < T)[:, None]
+        row = tl.cast(i, tl.int64) * T + t
+        p_gk = p_g + row * O + o_k[:, None] * O + o_m[None, :]
+        p_xk = p_x + row * I + o_k[:, None] * I + o_n[None, :]
+        b_g = tl.load(p_gk, mask=m_k & (o_m < O)[None, :], other=0.0)
+        b_x = tl.load(p_xk, mask=m_k & (o_n < I)[None, :], other=0.0)
+        b_c = tl.dot(tl.trans(b_g), b_x, b_c, input_precision=PRECISION)
+        if t + BK >= T:
+            b_sum += b_c
+            if SQUARES:
+                b_square += b_c * b_c
+            tl.store(p_partials + tl.cast(i, tl.int64) * parts, tl.sum(b_c * b_c))
+            b_c = tl.zeros([BM, BN], dtype=tl.float32)
+    return b_sum, b_square
+
+
+@triton.jit
+def linear_weight_grad_kernel(
+    p_g, p_x, p_sum, p_square, p_partials,
+    samples, T, O, I, split_stride, split_samples, parts,
+    OUTER: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Σ_i c_i, and with SQUARES Σ_i c_i², of one tile and one split of the samples."""
+    i_tile, i_s = tl.program_id(0), tl.program_id(1)
+    i_m, i_n = tile_index(i_tile, tl.cdiv(O, BM), tl.cdiv(I, BN), 8)
+    o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    first = i_s * split_samples
+    last = tl.minimum(first + split_samples, samples)
+    if OUTER:
+        b_sum, b_square = outer_tile(
+            p_g, p_x, o_m, o_n, first, last, O, I, SQUARES, PRECISION, BM, BN, BK
+        )
+    else:
+        b_sum, b_square = direct_tile(
+            p_g, p_x, p_partials + i_tile, o_m, o_n, first, last, T, O, I, parts,
+            SQUARES, PRECISION, BM, BN, BK,
+        )  # fmt: skip
+    m_out = (o_m < O)[:, None] & (o_n < I)[None, :]
+    o_out = i_s.to(tl.int64) * split_stride + o_m[:, None].to(tl.int64) * I + o_n[None, :]
+    tl.store(p_sum + o_out, b_sum, mask=m_out)
+    if SQUARES:
+        tl.store(p_square + o_out, b_square, mask=m_out)
+
+
+@triton.jit
+def outer_norms_kernel(
+    p_g, p_x, p_probe, samples, capacity, O, I,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """probe[0, i] = ‖g_i‖² (‖x_i‖² + 1), probe[1, i] = 1; both 0 beyond the samples."""
+    o_i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_i = o_i < samples
+    b_g = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for j in range(0, O, BLOCK):
+        o_j = j + tl.arange(0, BLOCK)
+        p_block = p_g + o_i[:, None].to(tl.int64) * O + o_j[None, :]
+        b = tl.load(p_block, mask=m_i[:, None] & (o_j < O)[None, :], other=0.0).to(tl.float32)
+        b_g += b * b
+    b_x = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    if WEIGHT:
+        for j in range(0, I, BLOCK):
+            o_j = j + tl.arange(0, BLOCK)
+            p_block = p_x + o_i[:, None].to(tl.int64) * I + o_j[None, :]
+            b = tl.load(p_block, mask=m_i[:, None] & (o_j < I)[None, :], other=0.0).to(tl.float32)
+            b_x += b * b
+    b_norm = tl.sum(b_g, axis=1) * (tl.sum(b_x, axis=1) + (1.0 if BIAS else 0.0))
+    tl.store(p_probe + o_i, b_norm, mask=o_i < capacity)
+    tl.store(p_probe + capacity + o_i, tl.where(m_i, 1.0, 0.0), mask=o_i < capacity)
+
+
+def outer_norms(g: Tensor, x: Tensor, capacity: int, weight: bool, bias: bool) -> Tensor:
+    """The probe's gradient for one position a sample, g [b, O] and x [b, I]."""
+    probe = common.empty_probe(g, g.shape[0], capacity)
+    outer_norms_kernel[(triton.cdiv(capacity, 4),)](
+        g, x, probe, g.shape[0], capacity, g.shape[1], x.shape[1],
+        WEIGHT=weight, BIAS=bias, ROWS=4, BLOCK=256, num_warps=4, **common.OPTIONS,
+    )  # fmt: skip
+    return probe
+
+
+def matmul(g: Tensor, x: Tensor) -> Tensor:
+    """gᵀx of g [n, O] and x [n, I], in float32 whatever the operands are."""
+    if g.dtype == torch.float32 or g.device.type == "cpu":
+        return g.float().T @ x.float()
+    return torch.mm(g.T, x, out_dtype=torch.float32)
+
+
+def prefers_gram(positions: int, rows: int, columns: int, coordinates: bool) -> bool:
+    """Whether ‖c_i‖² is cheaper from two Gram matrices than from c_i itself.
+
+    In tensor-core multiply-adds a sample: T²(O + I)/2 more than the gradient (half of T², by
+    symmetry), against two vector operations a coordinate.
+    """
+    tiles = positions * (positions + gram.BLOCK) // 2
+    return not coordinates and tiles * (rows + columns) < 2 * VECTOR_COST * rows * columns
+
+
+def operands(name: str, grad_out: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+    """grad_out [b, T, O] and input [b, T, I], contiguous.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit.
+    """
+    if input.dim() < 2 or grad_out.shape[:-1] != input.shape[:-1] or grad_out.dtype != input.dtype:
+        raise RuntimeError(
+            f"{name}: expected grad_out [b, ..., O] and input [b, ..., I] of one dtype, with the "
+            f"same leading dimensions, got {list(grad_out.shape)} {grad_out.dtype} and "
+            f"{list(input.shape)} {input.dtype}"
+        )
+    shape = (input.shape[0], input.shape[1:-1].numel())
+    g = common.operand(grad_out).reshape(*shape, grad_out.shape[-1])
+    x = common.operand(input).reshape(*shape, input.shape[-1])
+    return g.contiguous(), x.contiguous()
+
+
+def choose_method(g: Tensor, x: Tensor, coordinates: bool) -> str:
+    """Which of "outer", "direct" and "gram" serves g [b, T, O] and x [b, T, I]."""
+    positions = g.shape[1]
+    if positions == 1:
+        return "outer"
+    cheaper = prefers_gram(positions, g.shape[2], x.shape[2], coordinates)
+    return "gram" if cheaper else "direct"
+
+
+def weight_grad(
+    g: Tensor, x: Tensor, partials: Tensor, tile: Tile, squares: bool
+) -> tuple[Tensor, Tensor]:
+    """Σ c_i and Σ c_i² of g [b, T, O] and x [b, T, I]; for T > 1 the tiles' norms, too."""
+    samples, positions, rows = g.shape
+    columns = x.shape[2]
+    tiles = triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
+    outer = positions == 1
+    steps = triton.cdiv(samples, tile.BK) if outer else samples * triton.cdiv(positions, tile.BK)
+    splits = common.choose_splits(g.device, tiles, steps, 4 * rows * columns * (1 + squares))
+    split_samples = triton.cdiv(samples, splits)
+    splits = triton.cdiv(samples, split_samples)
+    sums = common.SplitSums(g, (rows, columns), splits, True, squares)
+    p_sum, p_square, split_stride = sums.arguments
+    linear_weight_grad_kernel[(tiles, splits)](
+        g, x, p_sum, p_square, partials,
+        samples, positions, rows, columns, split_stride, split_samples, partials.shape[1],
+        OUTER=outer, SQUARES=squares, PRECISION=matmul_precision(),
+        **tile._asdict(), **common.OPTIONS,
+    )  # fmt: skip
+    return sums.finish()
+
+
+def bias_grad(
+    g: Tensor, squares: bool, partials: Tensor | None, first_part: int
+) -> tuple[Tensor, Tensor]:
+    """`column_statistics` of the samples' bias gradients, for g [b, T, O]."""
+    vectors = g[:, 0] if g.shape[1] == 1 else torch.sum(g, 1, dtype=torch.float32)
+    return column_statistics(vectors, squares, partials, first_part)
+
+
+def linear_weight_grad(
+    grad_out: Tensor,
+    input: Tensor,
+    capacity: int,
+    weight: bool,
+    bias: bool,
+    coordinates: bool,
+    method: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ops.linear_weight_grad`; `method` is "outer", "direct" or "gram", chosen if None."""
+    g, x = operands("linear_weight_grad", grad_out, input)
+    samples, positions, rows = g.shape
+    columns = x.shape[2]
+    method = (method or choose_method(g, x, coordinates)) if weight else "none"
+    grad = sums = grad_bias = bias_sums = torch.empty(0, dtype=torch.float32, device=g.device)
+    tile = tile_for(g, x, coordinates)
+    parts = 0
+    if method == "direct":
+        parts = triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
+    elif method == "gram":
+        parts = gram.parts(positions)
+    bias_parts = column_parts(rows) if bias and positions > 1 else 0
+    partials = torch.empty(samples, parts + bias_parts, dtype=torch.float32, device=g.device)
+    if bias:
+        grad_bias, bias_sums = bias_grad(g, coordinates, partials if bias_parts else None, parts)
+    if method == "direct" or (method == "outer" and coordinates):
+        grad, sums = weight_grad(g, x, partials, tile, coordinates)
+    elif weight:
+        grad = matmul(g.flatten(0, 1), x.flatten(0, 1))
+    if method == "gram":
+        gram.linear_norms(g, x, partials, matmul_precision())
+    if positions == 1:
+        probe = outer_norms(g[:, 0], x[:, 0], capacity, weight, bias)
+    else:
+        probe = common.pool_norms(partials, samples, capacity)
+    return grad, grad_bias, probe, sums, bias_sums

@@ -1,0 +1,125 @@
+"""Gradients of scale and shift by channel (normalisation layers) with per-sample statistics.
+
+    c_i[c] = Σ_{t,s} g[i, t, c, s] x̂[i, t, c, s],   x̂ = (x − mean) rstd,   and the bias Σ_{t,s} g
+
+First pass: a program sums CHUNK positions of one sample and a block of channels, and writes two
+numbers a channel to [b, chunks, C]. It reads g and x once and writes 1/CHUNK of that: memory-bound,
+with b·chunks·C/block programs. Threads run along channels where those are contiguous (LayerNorm,
+S = 1), otherwise along positions. The second pass is that of statistics.py over what is left,
+[b, C]. Not measured on a GPU.
+"""
+
+# Kernels are written in Triton's language, not in Python's types.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+from .statistics import column_parts, column_statistics
+
+CHUNK = 512
+
+
+@triton.jit
+def scale_chunk_kernel(
+    p_g, p_x, p_mean, p_rstd, p_weight, p_bias, C, S, P,
+    g_i, g_t, g_c, g_s, x_i, x_t, x_c, x_s, m_i, m_t, m_c, m_s, r_i, r_t, r_c, r_s,
+    MEAN: tl.constexpr, RSTD: tl.constexpr, WEIGHT: tl.constexpr, LAST: tl.constexpr,
+    CHUNK: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """weight[i, chunk, c] = Σ g x̂ and bias[i, chunk, c] = Σ g over a chunk of P = T·S positions.
+
+    Tiles are [positions, channels] with LAST (channels contiguous), [channels, positions] else.
+    """
+    i, i_chunk, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    if LAST:
+        o_c = (i_c * BC + tl.arange(0, BC))[None, :]
+        o_k = tl.arange(0, BP)[:, None]
+    else:
+        o_c = (i_c * BC + tl.arange(0, BC))[:, None]
+        o_k = tl.arange(0, BP)[None, :]
+    b_weight = tl.zeros(tl.broadcast(o_c, o_k)[0].shape, dtype=tl.float32)
+    b_bias = tl.zeros(tl.broadcast(o_c, o_k)[0].shape, dtype=tl.float32)
+    for k in range(0, tl.minimum(CHUNK, P - i_chunk * CHUNK), BP):
+        o_p = i_chunk * CHUNK + k + o_k
+        o_t, o_s = o_p // S, o_p % S
+        m = (o_p < P) & (o_c < C)
+        b_g = tl.load(p_g + i * g_i + o_t * g_t + o_c * g_c + o_s * g_s, mask=m, other=0.0)
+        b_g = b_g.to(tl.float32)
+        b_bias += b_g
+        if WEIGHT:
+            b_x = tl.load(p_x + i * x_i + o_t * x_t + o_c * x_c + o_s * x_s, mask=m, other=0.0)
+            b_x = b_x.to(tl.float32)
+            if MEAN:
+                p_m = p_mean + i * m_i + o_t * m_t + o_c * m_c + o_s * m_s
+                b_x -= tl.load(p_m, mask=m, other=0.0).to(tl.float32)
+            if RSTD:
+                p_r = p_rstd + i * r_i + o_t * r_t + o_c * r_c + o_s * r_s
+                b_x *= tl.load(p_r, mask=m, other=0.0).to(tl.float32)
+            b_weight += b_g * b_x
+    AXIS: tl.constexpr = 0 if LAST else 1
+    o_out = (i * tl.num_programs(1) + i_chunk) * C + i_c * BC + tl.arange(0, BC)
+    m_out = i_c * BC + tl.arange(0, BC) < C
+    tl.store(p_bias + o_out, tl.sum(b_bias, axis=AXIS), mask=m_out)
+    if WEIGHT:
+        tl.store(p_weight + o_out, tl.sum(b_weight, axis=AXIS), mask=m_out)
+
+
+def chunk_sums(
+    g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: bool
+) -> tuple[Tensor, Tensor]:
+    """(Σ_ts g x̂, Σ_ts g) of every sample and channel, [b, C] each."""
+    samples, outer, channels, inner = g.shape
+    positions = outer * inner
+    chunks = triton.cdiv(positions, CHUNK)
+    made = torch.empty(2, samples, chunks, channels, dtype=torch.float32, device=g.device)
+    expanded = [g if t is None else t.expand(g.shape) for t in (mean, rstd)]
+    last = g.stride(2) == 1 and inner == 1
+    size = triton.next_power_of_2(channels)
+    bp, bc = (8, min(128, size)) if last else (128, min(8, size))
+    scale_chunk_kernel[(samples, chunks, triton.cdiv(channels, bc))](
+        g, x, *expanded, made[0], made[1], channels, inner, positions,
+        *g.stride(), *x.stride(), *expanded[0].stride(), *expanded[1].stride(),
+        MEAN=mean is not None, RSTD=rstd is not None, WEIGHT=weight, LAST=last,
+        CHUNK=CHUNK, BP=bp, BC=bc, num_warps=4, **common.OPTIONS,
+    )  # fmt: skip
+    summed = made.sum(2) if chunks > 1 else made[:, :, 0]
+    return summed[0], summed[1]
+
+
+def scale_weight_grad(
+    grad_out: Tensor,
+    input: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    capacity: int,
+    weight: bool,
+    bias: bool,
+    coordinates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ops.scale_weight_grad`."""
+    if grad_out.dim() != 4 or grad_out.shape != input.shape:
+        raise RuntimeError(
+            "scale_weight_grad: expected grad_out and input [b, T, C, S], got "
+            f"{list(grad_out.shape)} and {list(input.shape)}"
+        )
+    samples, _, channels, _ = grad_out.shape
+    parts = column_parts(channels)
+    wanted = weight + bias
+    partials = torch.empty(samples, parts * wanted, dtype=torch.float32, device=input.device)
+    empty = torch.empty(0, dtype=torch.float32, device=input.device)
+    of_weight, of_bias = chunk_sums(grad_out, input, mean, rstd, weight)
+    grad, sums = (
+        column_statistics(of_weight, coordinates, partials, 0) if weight else (empty, empty)
+    )
+    grad_bias, bias_sums = (
+        column_statistics(of_bias, coordinates, partials, parts * weight)
+        if bias
+        else (empty, empty)
+    )
+    return grad, grad_bias, common.pool_norms(partials, samples, capacity), sums, bias_sums

@@ -1,0 +1,101 @@
+"""Per-sample statistics of a materialised block [b, P], in one read.
+
+Reads 4·b·P bytes (2·b·P in 16 bits) and writes next to nothing: memory-bound, so the tile only has
+to keep enough loads in flight. A program owns BLOCK columns and walks down the samples ROWS at a
+time; the columns' sums stay in registers, each row's squared length goes to [b, column blocks].
+Where there are few columns (a bias), the samples are split over programs too. Not measured on a
+GPU.
+"""
+
+# Kernels are written in Triton's language, not in Python's types.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+
+ROWS = 8
+
+
+@triton.jit
+def sample_statistics_kernel(
+    p_v, p_sum, p_square, p_partials,
+    samples, n, split_stride, split_samples, parts, first_part,
+    SQUARES: tl.constexpr, NORMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum[j] = Σ_i v[i, j], square[j] = Σ_i v[i, j]², partials[i, ·] = Σ_j in block v[i, j]²."""
+    i_j, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_j = i_j * BLOCK + tl.arange(0, BLOCK)
+    m_j = o_j < n
+    b_sum = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    b_square = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    last = tl.minimum((i_s + 1) * split_samples, samples)
+    for i in range(i_s * split_samples, last, ROWS):
+        o_i = i + tl.arange(0, ROWS)
+        p_block = p_v + o_i[:, None].to(tl.int64) * n + o_j[None, :]
+        b_v = tl.load(p_block, mask=(o_i < last)[:, None] & m_j[None, :], other=0.0)
+        b_v = b_v.to(tl.float32)
+        b_sum += b_v
+        if SQUARES:
+            b_square += b_v * b_v
+        if NORMS:
+            p_norm = p_partials + o_i.to(tl.int64) * parts + first_part + i_j
+            tl.store(p_norm, tl.sum(b_v * b_v, axis=1), mask=o_i < last)
+    tl.store(p_sum + i_s * split_stride + o_j, tl.sum(b_sum, axis=0), mask=m_j)
+    if SQUARES:
+        tl.store(p_square + i_s * split_stride + o_j, tl.sum(b_square, axis=0), mask=m_j)
+
+
+def column_block(n: int) -> int:
+    """Columns of a program's tile."""
+    return min(512, max(16, triton.next_power_of_2(n)))
+
+
+def column_parts(n: int) -> int:
+    """How many partial norms a row of n columns has."""
+    return triton.cdiv(n, column_block(n))
+
+
+def column_statistics(
+    v: Tensor, squares: bool, partials: Tensor | None = None, first_part: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Column sums and, if wanted, sums of squares of v [b, n]; row norms into `partials`.
+
+    Args:
+        v: one vector a sample, contiguous.
+        squares: whether the sums of squares are wanted ([0] otherwise).
+        partials: [b, parts], where columns first_part to first_part + column_parts(n) receive
+            the parts of ‖v_i‖²; None if norms are not wanted.
+        first_part: the first of these columns.
+    """
+    samples, n = v.shape
+    block = column_block(n)
+    tiles = triton.cdiv(n, block)
+    splits = common.choose_splits(v.device, tiles, triton.cdiv(samples, ROWS), 4 * n)
+    split_samples = triton.cdiv(triton.cdiv(samples, splits), ROWS) * ROWS
+    sums = common.SplitSums(v, (n,), splits, True, squares)
+    p_sum, p_square, split_stride = sums.arguments
+    sample_statistics_kernel[(tiles, splits)](
+        v, p_sum, p_square, sums.sum if partials is None else partials,
+        samples, n, split_stride, split_samples,
+        0 if partials is None else partials.shape[1], first_part,
+        SQUARES=squares, NORMS=partials is not None, ROWS=ROWS, BLOCK=block,
+        num_warps=4, **common.OPTIONS,
+    )  # fmt: skip
+    return sums.finish()
+
+
+def sample_statistics(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.sample_statistics`."""
+    if g.dim() != 2:
+        raise RuntimeError(f"sample_statistics: expected g [b, P], got {g.dim()} dimensions")
+    samples, n = g.shape
+    parts = column_parts(n)
+    partials = torch.empty(samples, parts, dtype=torch.float32, device=g.device)
+    total, square = column_statistics(g.contiguous(), True, partials)
+    return total, square, partials.sum(1) if parts > 1 else partials[:, 0].contiguous()

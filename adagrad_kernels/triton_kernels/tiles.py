@@ -1,0 +1,77 @@
+"""Tiles of the weight-gradient kernels: how large, and in which order.
+
+An accumulator of 128×128 takes 64 registers of a thread at 256 threads, of 128×64 or (at 128
+threads) 64×64 half of that; a thread has 255. Two of 128×128 fit beside the operands' addresses;
+with coordinate sums, operands in halves, or w and v of an update, tiles shrink until ptxas spills
+nothing, which is tested for sm_80, sm_90 and sm_100. Not measured on a GPU.
+"""
+
+# Kernels are written in Triton's language, not in Python's types.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+
+
+class Tile(NamedTuple):
+    """How a weight-gradient kernel is compiled."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tile(rows: int, columns: int, accumulators: int, itemsize: int) -> Tile:
+    """The tile for a weight of rows × columns: smaller only where the weight is, or registers are.
+
+    Args:
+        rows: O.
+        columns: I.
+        accumulators: how many a program holds, more where operands are split in registers.
+        itemsize: bytes of an operand.
+    """
+    block_k = 16 if accumulators > 3 else 64 if itemsize == 2 else 32
+    if min(rows, columns) <= 32 or accumulators > 3:
+        return Tile(min(64, _power(rows)), min(64, _power(columns)), block_k, 4, 3)
+    if min(rows, columns) <= 64 or accumulators == 3:
+        bm, bn = (128, 64) if rows > 64 else (64, 128)
+        return Tile(min(bm, _power(rows)), min(bn, _power(columns)), block_k, 8, 3)
+    return Tile(128, 128, block_k, 8, 3)
+
+
+def tile_for(g: Tensor, x: Tensor, coordinates: bool, update: bool = False) -> Tile:
+    """`choose_tile` for g [b, T, O] and x [b, T, I]; the update holds w and v, too."""
+    outer = g.shape[1] == 1
+    accumulators = 2 + coordinates + update
+    if matmul_precision() == "tf32x3" and (g.dtype == torch.float32 or outer):
+        accumulators += 1
+    tile = choose_tile(g.shape[2], x.shape[2], accumulators, g.itemsize)
+    return tile._replace(num_warps=8) if update else tile
+
+
+def _power(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
+
+
+def matmul_precision() -> str:
+    """How PyTorch's matrix products of float32 are set, see `common.precision`."""
+    return common.precision(torch.backends.cuda.matmul)
+
+
+@triton.jit
+def tile_index(i_tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(row, column) of a tile, GROUP rows of tiles at a time so that neighbours share operands."""
+    i_group = i_tile // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - i_group * GROUP, GROUP)
+    i_inner = i_tile % (GROUP * tiles_n)
+    return i_group * GROUP + i_inner % height, i_inner // height
