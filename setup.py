@@ -1,12 +1,16 @@
 """Compiles the two binary parts of the package; everything else is in pyproject.toml.
 
-`adagrad_kernels/_C.abi3.so`: the kernels. It uses libtorch's stable ABI and no Python at
-all, so one file serves every Python and every torch from TORCH_TARGET_VERSION on; it is
-loaded by path with `torch.ops.load_library`.
+`adagrad_kernels/_C.abi3.so`: the kernels, for the CPU and, where there is an nvcc, for CUDA. It
+uses libtorch's stable ABI and no Python at all, so one file serves every Python and every torch
+from TORCH_TARGET_VERSION on; it is loaded by path with `torch.ops.load_library`.
 `adagrad_kernels/_build.*.so`: a pybind11 module that tells how the kernels were compiled.
+
+ADAGRAD_KERNELS_CUDA=0|1 decides about the CUDA kernels (tools/find_cuda.py), and
+TORCH_CUDA_ARCH_LIST for which architectures.
 """
 
 import os
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -15,7 +19,7 @@ from setuptools import Extension, setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, library_paths
+    from torch.utils import cpp_extension
 except ImportError as error:
     sys.exit(
         f"adagrad_kernels compiles against the torch installed for {sys.executable}, and it "
@@ -23,6 +27,9 @@ except ImportError as error:
     )
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import find_cuda  # noqa: E402
+
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"  # pybind11's headers lie in it, too
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # the oldest torch that the kernels run under: 2.11
 
@@ -42,6 +49,7 @@ PATH_FLAGS = [
     "-isystem",
     str(TORCH_INCLUDE),
 ]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden,-Wall"]
 
 # A ninja that pip installed lies beside the interpreter, which PATH need not name.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
@@ -53,23 +61,43 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(f.relative_to(ROOT)) for pattern in patterns for f in csrc.glob(pattern))
 
 
+def add_cuda(kernels: Extension, toolkit: Path, version: str) -> list[str]:
+    """Adds the CUDA kernels to the extension and returns their architectures."""
+    default = ";".join(find_cuda.default_archs(toolkit)) + "+PTX"
+    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
+    # A torch for the CPU does not look for CUDA, nor follow the headers that .cu files include.
+    cpp_extension.CUDA_HOME = str(toolkit)
+    torch.version.cuda = torch.version.cuda or version
+    kernels.sources += sources("cuda/*.cpp", "cuda/*.cu")
+    kernels.include_dirs.append(str(toolkit / "include"))
+    kernels.library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]
+    kernels.libraries += ["cudart_static", "pthread", "rt", "dl"]
+    return re.findall(r",code=(\w+)", " ".join(cpp_extension._get_cuda_arch_flags()))
+
+
 kernels = Extension(
     "adagrad_kernels._C",
     sources("binding.cpp", "cpu/*.cpp"),
     define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-    extra_compile_args=CXX_FLAGS + WARNING_FLAGS + PATH_FLAGS,
-    extra_link_args=["-fopenmp", "-Wl,--as-needed", "-Wl,-s"],
-    library_dirs=library_paths(),
+    extra_compile_args={"cxx": CXX_FLAGS + WARNING_FLAGS + PATH_FLAGS, "nvcc": NVCC_FLAGS},
+    # The CUDA runtime stays inside: torch's own copy must not take its place, nor it torch's.
+    extra_link_args=["-fopenmp", "-Wl,--as-needed", "-Wl,-s", "-Wl,--exclude-libs,ALL"],
+    library_dirs=cpp_extension.library_paths(),
     libraries=["c10", "torch_cpu"],  # found at run time because torch is imported first
     py_limited_api=True,
     language="c++",
 )
+toolkit, found = find_cuda.find(torch.version.cuda)
+cuda_status = f"compiled by nvcc {found}" if toolkit else f"not compiled: {found}"
+cuda_archs = add_cuda(kernels, toolkit, found) if toolkit else []
 build_facts = Extension(
     "adagrad_kernels._build",
     sources("build_facts.cpp"),
     define_macros=[
         ("ADAGRAD_KERNELS_FLAGS", '"' + " ".join(CXX_FLAGS) + '"'),
         ("ADAGRAD_KERNELS_TORCH_VERSION", '"' + torch.__version__ + '"'),
+        ("ADAGRAD_KERNELS_CUDA", '"' + cuda_status + '"'),
+        ("ADAGRAD_KERNELS_CUDA_ARCHS", '"' + " ".join(cuda_archs) + '"'),
     ],
     extra_compile_args=CXX_FLAGS + WARNING_FLAGS + PATH_FLAGS,
     extra_link_args=["-Wl,-s"],
@@ -77,7 +105,7 @@ build_facts = Extension(
 )
 
 
-class BuildKernels(BuildExtension):
+class BuildKernels(cpp_extension.BuildExtension):
     """Parallel compilation by ninja in a directory that outlives the command (also under pip)."""
 
     def finalize_options(self) -> None:
@@ -86,10 +114,10 @@ class BuildKernels(BuildExtension):
         self.build_temp = str(ROOT / "build" / f"{python}-{platform}-torch-{torch.__version__}")
 
     def build_extensions(self) -> None:
-        count = len(kernels.sources)
+        archs = f" for {', '.join(cuda_archs)}" if cuda_archs else ""
         print(
-            f"adagrad_kernels: CPU kernels ({count} files) for torch {torch.__version__}; "
-            "CUDA kernels: none in this version",
+            f"adagrad_kernels: {len(kernels.sources)} files for torch {torch.__version__}; "
+            f"CPU kernels: compiled; CUDA kernels: {cuda_status}{archs}",
             flush=True,
         )
         super().build_extensions()

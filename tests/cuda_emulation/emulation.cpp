@@ -25,6 +25,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   jmp_buf resume;
   bool started = false, done = true;
+  int passed_barriers = 0;  // of the block
 };
 
 constexpr size_t kStackBytes = 64 * 1024;
@@ -76,26 +77,38 @@ void resume(Fiber& fiber) {
   _longjmp(fiber.resume, 1);
 }
 
+bool can_run(const Fiber& fiber) {
+  return !fiber.done && fiber.passed_barriers <= block.generation;
+}
+
+// Each warp runs as far as it can before the next one does, so that what a barrier is missing for
+// happens: a fast warp overwrites what a slow one has yet to read.
 void run_block(int threads) {
   block = {threads, 0, 0};
   warps.assign((threads + 31) / 32, {32, 0, 0});
-  for (int i = 0; i < threads; ++i) fibers[i]->done = false;
-  int left = threads;
-  for (int rounds = 0; left > 0; ++rounds) {
-    if (rounds > 100000) std::abort();  // threads wait for each other: a deadlock on a GPU
-    for (int i = 0; i < threads; ++i) {
-      if (fibers[i]->done) continue;
+  for (int i = 0; i < threads; ++i) fibers[i]->done = false, fibers[i]->passed_barriers = 0;
+  int left = threads, warp = 0;
+  for (int turns = 0; left > 0; ++turns) {
+    if (turns > 1000000) std::abort();  // threads wait for each other: a deadlock on a GPU
+    bool ran = false;
+    for (int i = warp * 32; i < warp * 32 + 32 && i < threads; ++i) {
+      if (!can_run(*fibers[i])) continue;
       current = i;
       threadIdx = {static_cast<unsigned>(i), 0, 0};
       resume(*fibers[i]);
       if (fibers[i]->done) --left;
+      ran = true;
     }
+    if (!ran) warp = (warp + 1) % static_cast<int>(warps.size());
   }
 }
 
 }  // namespace
 
-void block_barrier() { wait(block); }
+void block_barrier() {
+  ++fibers[current]->passed_barriers;
+  wait(block);
+}
 
 double from_lane(double value, int lane) {
   const int warp = threadIdx.x / 32;
