@@ -44,6 +44,17 @@ def attach(
     return layers, names, tied
 
 
+def detached_class(layer: ObservedLayer) -> type[nn.Module]:
+    """The class of the layer without its observer, with what others have added to it since."""
+    added = [cls for cls in type(layer).__mro__ if cls.__name__ == "FSDPModule"]
+    plain = layer.plain_class
+    if not added or issubclass(plain, added[0]):
+        return plain
+    # fully_shard has derived a class from the observed one, as it would have from the plain one.
+    own = dict(type(layer).__dict__)
+    return type(f"FSDP{plain.__name__}", (added[0], plain), {"__deepcopy__": own["__deepcopy__"]})
+
+
 def _plan(model: nn.Module, fallback: str) -> dict[str, tuple[nn.Module, type[ObservedLayer]]]:
     """Name, module and observed class of each layer; changes nothing."""
     plan: dict[str, tuple[nn.Module, type[ObservedLayer]]] = {}

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .attachment import attach
+from .attachment import attach, detached_class
 from .coverage import Coverage, CoverageRecord
+from .distributed import (
+    Group,
+    Ranks,
+    check_same_gradient,
+    data_parallel_group,
+    is_sharded,
+    whole,
+)
 from .functional import Call
 from .layers import ObservedLayer
 from .selfcheck import unexplained
 from .shared import ObservedCall, cross_terms, repeated_uses
-from .statistics import GradientStatistics
+from .statistics import CoordinateReductions, GradientStatistics, LazyCoordinates
 
 
 def observe(
@@ -24,6 +32,7 @@ def observe(
     coordinates: bool = False,
     inner_products: bool = False,
     fallback: str = "error",
+    process_group: Group | None = None,
 ) -> Observer:
     """Makes a model's backward pass measure its per-sample gradients.
 
@@ -42,6 +51,9 @@ def observe(
             about one forward pass.
         fallback: what to do about other modules with trainable parameters: "error", or "vmap",
             which forms the per-sample gradients of that module alone, see `ObservedFallback`.
+        process_group: the processes that average their gradients, and whose samples the
+            statistics pool: by default those of the model's `DistributedDataParallel`, or all of
+            `torch.distributed`. All of them must ask for statistics together.
 
     Raises:
         UnsupportedLayerError: naming the module and the ways out.
@@ -59,7 +71,7 @@ def observe(
     """
     if fallback not in ("error", "vmap"):
         raise ValueError(f'fallback must be "error" or "vmap", got {fallback!r}')
-    return Observer(model, coordinates, inner_products, fallback)
+    return Observer(model, coordinates, inner_products, fallback, process_group)
 
 
 class Observer:
@@ -76,8 +88,10 @@ class Observer:
         coordinates: bool = False,
         inner_products: bool = False,
         fallback: str = "error",
+        process_group: Group | None = None,
     ) -> None:
         self.model = model
+        self.ranks = Ranks(process_group or data_parallel_group(model))
         self.coordinates = coordinates
         self.inner_products = inner_products
         self._layers, self._names, self._tied = attach(model, self, fallback)
@@ -88,9 +102,8 @@ class Observer:
         self._coordinate_probes: dict[nn.Parameter, Tensor] = {}
         self._calling: Counter[int] = Counter()
         self._calls: list[ObservedCall] = []
-        self._unexplained = not torch.distributed.is_available() or (
-            not torch.distributed.is_initialized()  # ranks average their gradients
-        )
+        self._unexplained = True
+        self._to_explain: tuple[list[ObservedCall], Tensor] | None = None
         self._had_grads = False
         self._task = -1  # the backward pass that _calls belong to
         self._forget()
@@ -109,7 +122,7 @@ class Observer:
     def detach(self) -> None:
         """Gives every layer its class back. The model is as it was."""
         for layer in self._layers:
-            plain = layer.plain_class
+            plain = detached_class(layer)
             layer.release()
             layer.__class__ = plain  # type: ignore[assignment]
         self._layers = []
@@ -136,6 +149,8 @@ class Observer:
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that is measured, each once, in the model's order."""
         found = dict.fromkeys(p for layer in self._layers for p in layer.trainable().values())
+        if not found.keys() <= self._names.keys():  # fully_shard has replaced them
+            self._names = {p: name for name, p in self.model.named_parameters()}
         return ((self._names[p], p) for p in found)
 
     # Measuring
@@ -190,6 +205,7 @@ class Observer:
         calls = self._calls
         if calls:
             rows = calls[0].samples
+            self._to_explain = None  # the gradients are no longer those of one pass
             names = {call.layer.observed_name for call in calls}
             if self._last_seen and not names & self._last_seen:
                 self._faults.append(_disjoint(self._last_seen, names))
@@ -211,10 +227,16 @@ class Observer:
         probe.grad = None
 
     def _explain_when_complete(self, calls: list[ObservedCall], sum_norms_sq: Tensor) -> None:
-        """Has the first backward pass checked at its end, when all gradients are complete."""
+        """Has the first backward pass checked when all gradients are complete.
+
+        That is at its end, or where ranks average their gradients, when all of them `check`.
+        """
+        if self.ranks.size > 1:
+            self._to_explain = calls, sum_norms_sq
+            return
 
         def explain() -> None:
-            fault = unexplained(calls, self._names, sum_norms_sq)
+            fault = unexplained(calls, self._names, sum_norms_sq, self.ranks)
             if fault:
                 self._faults.append(fault)
 
@@ -257,8 +279,18 @@ class Observer:
             RuntimeError: layers that disagree about the number of samples; backward passes that
                 do not belong to one model; a parameter with a gradient but without statistics.
         """
+        if self._to_explain is not None:
+            calls, sum_norms_sq = self._to_explain
+            self._to_explain = None
+            if fault := unexplained(calls, self._names, sum_norms_sq, self.ranks):
+                self._faults.append(fault)
         if self._faults:
             raise RuntimeError(self._faults[0])
+        if self.coordinates and any(is_sharded(p) for _, p in self.parameters()):
+            raise RuntimeError(
+                "coordinates of sharded parameters cannot be measured: take a criterion that "
+                "needs none, such as NormTest"
+            )
         with_grad = self._layers_with_grad()
         if self._micro_batches and not with_grad.keys() <= self._measured_layers():
             probes = [probe for probe, _ in self._micro_batches]
@@ -269,27 +301,36 @@ class Observer:
         """Forgets what was measured, for the next step. Gradients are not touched."""
         self._calls = []
         self._calling.clear()
+        self._to_explain = None
         self._forget()
         for probe in self._coordinate_probes.values():
             probe.grad = None
 
     def statistics(
-        self, grad_norm_sq: Tensor | None = None, gradient_scale: float = 1.0
+        self,
+        grad_norm_sq: Tensor | None = None,
+        gradient_scale: float = 1.0,
+        reductions: Tensor | None = None,
     ) -> GradientStatistics:
-        """The statistics of everything backpropagated since the last `reset()`.
+        """The statistics of everything backpropagated since the last `reset()`, on all ranks.
 
         ‖ḡ‖² is that of the parameters' `.grad` now: read before zero_grad(). One transfer from
-        the device.
+        the device; where there are several ranks, one all_reduce of four numbers before it, one
+        of the coordinates, and an all_gather of the inner products.
 
         Args:
-            grad_norm_sq: ‖gradient_scale · grad‖² if an optimizer has computed it already.
+            grad_norm_sq: ‖gradient_scale · grad‖², this rank's share of it (see
+                `Ranks.norm_sq`), if an optimizer has computed it already.
             gradient_scale: factor on the accumulated gradient, 1/M for the mean of M
                 micro-batches with mean losses.
+            reductions: what `ops.adagrad_` returned with `coordinate_sums`, if it was given them;
+                means and variances are then computed when they are asked for.
 
         Raises:
             RuntimeError: no backward pass; layers that disagree about the number of samples; a
                 parameter with a gradient but without statistics; in a compiled model, inner
-                products, tied weights and layers that are used twice.
+                products, tied weights and layers that are used twice; ranks whose gradients have
+                not been averaged.
         """
         if not self._micro_batches:
             raise RuntimeError(
@@ -300,14 +341,26 @@ class Observer:
         rows = self.rows()
         grads = {p: p.grad for _, p in self.parameters() if p.grad is not None}
         if grad_norm_sq is None:
-            grad_norm_sq = _norm_sq(list(grads.values())) * gradient_scale**2
+            grad_norm_sq = self.ranks.norm_sq(list(grads.values())) * gradient_scale**2
         probes = [probe for probe, _ in self._micro_batches]
         norms, totals = ops.pool_samples(probes, rows)
-        numbers = torch.cat([totals, grad_norm_sq.view(1)])
-        sum_sq, least, most, outside, mean_norm_sq = numbers.tolist()
+        n, ranks = sum(rows), self.ranks
+        found: list[float] = []
+        if ranks.size == 1:
+            parts = [totals, grad_norm_sq.view(1), *([] if reductions is None else [reductions])]
+            sum_sq, least, most, outside, mean_norm_sq, *found = torch.cat(parts).tolist()
+        else:
+            pooled = ranks.pool(totals[0], grad_norm_sq, n)
+            numbers = torch.cat([totals[1:], pooled]).tolist()
+            least, most, outside, sum_sq, mean_norm_sq, samples, shares_sq = numbers
+            if not any(is_sharded(grad) for grad in grads.values()):
+                check_same_gradient(ranks, mean_norm_sq, shares_sq)
+            if self.inner_products and samples != n * ranks.size:
+                raise RuntimeError("inner products need as many samples on every rank")
+            n = int(samples)
+            sum_sq, norms = sum_sq / ranks.size**2, norms / ranks.size**2
         self._check_calls(self._layers_with_grad(), least, most, outside)
-        n = sum(rows)
-        mean, variance = self._by_coordinate(grads, n, gradient_scale)
+        mean, variance = self._by_coordinate(grads, n, gradient_scale, lazy=bool(found))
         return GradientStatistics(
             batch_size=n,
             sum_norms_sq=sum_sq * (n * gradient_scale) ** 2,
@@ -316,6 +369,7 @@ class Observer:
             gradient_scale=gradient_scale,
             coordinate_mean=mean,
             coordinate_variance=variance,
+            coordinate_reductions=CoordinateReductions(*found) if found else None,
             inner_products=self._inner_products(grads, n, gradient_scale),
         )
 
@@ -356,41 +410,70 @@ class Observer:
             )
 
     def _by_coordinate(
-        self, grads: dict[nn.Parameter, Tensor], n: int, gradient_scale: float
-    ) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+        self, grads: dict[nn.Parameter, Tensor], n: int, gradient_scale: float, lazy: bool
+    ) -> tuple[Mapping[str, Tensor] | None, Mapping[str, Tensor] | None]:
         """(ḡ, variance) of every coordinate, by the parameter's name."""
         if not self.coordinates:
             return None, None
-        means: dict[str, Tensor] = {}
-        variances: dict[str, Tensor] = {}
-        for p, grad in grads.items():
+        of_name = {
+            self._names[p]: (grads[p].to(sums.dtype), sums)
+            for p, sums in self._coordinate_sums(grads).items()
+        }
+        # (Σ g_ij² − N ḡ_j²)/(N − 1), with g_i = N·scale·c_i, ḡ = scale·grad
+        unit = n * gradient_scale**2 / (n - 1) if n > 1 else float("nan")
+
+        def means() -> dict[str, Tensor]:
+            if gradient_scale == 1:
+                return {name: grad for name, (grad, _) in of_name.items()}
+            return {name: grad * gradient_scale for name, (grad, _) in of_name.items()}
+
+        def variances() -> dict[str, Tensor]:
+            return {
+                name: (sums * (n * unit)).addcmul_(grad, grad, value=-unit).clamp_(min=0)
+                for name, (grad, sums) in of_name.items()
+            }
+
+        if not lazy:
+            return means(), variances()
+        return LazyCoordinates(of_name, means), LazyCoordinates(of_name, variances)
+
+    def coordinate_sums(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Σ_i c_i² of each of these parameters, for `ops.adagrad_`; empty if not all are known."""
+        if not self.coordinates or self.ranks.size > 1 or sum(self.rows()) < 2:
+            return []
+        found = self._coordinate_sums({cast(nn.Parameter, p): p for p in parameters})
+        return list(found.values()) if len(found) == len(parameters) else []
+
+    def _coordinate_sums(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Σ_i c_i² of each parameter, over all ranks."""
+        found: dict[nn.Parameter, Tensor] = {}
+        for p in grads:
             probe = self._coordinate_probes.get(p)
-            if probe is None or probe.grad is None:
-                continue
-            mean, sums = grad.to(probe.dtype), probe.grad
-            if p in self._cross_sums:
-                sums = sums + self._cross_sums[p]
-            # (Σ g_ij² − N ḡ_j²)/(N − 1), with g_i = N·scale·c_i, ḡ = scale·grad
-            unit = n * gradient_scale**2 / (n - 1) if n > 1 else float("nan")
-            variance = (sums * (n * unit)).addcmul_(mean, mean, value=-unit).clamp_(min=0)
-            mean = mean if gradient_scale == 1 else mean * gradient_scale
-            means[self._names[p]], variances[self._names[p]] = mean, variance
-        return means, variances
+            if probe is not None and probe.grad is not None:
+                cross = self._cross_sums.get(p)
+                found[p] = probe.grad if cross is None else probe.grad + cross
+        if self.ranks.size == 1 or not found:
+            return found
+        flat = torch.cat([sums.flatten() for sums in found.values()])
+        parts = self.ranks.sum_(flat).div_(self.ranks.size**2).split([p.numel() for p in found])
+        return {p: part.view(p.shape) for p, part in zip(found, parts, strict=True)}
 
     def _inner_products(
         self, grads: dict[nn.Parameter, Tensor], n: int, gradient_scale: float
     ) -> Tensor | None:
-        """⟨g_i, ḡ⟩ of the samples of the last micro-batch."""
+        """⟨g_i, ḡ⟩ of the samples of the last micro-batch, of all ranks."""
         if not self.inner_products:
             return None
         total = torch.zeros((), dtype=self._dtype, device=self.probe.device)
         with torch.no_grad():
             for call in self._last_calls:
                 trainable = call.layer.trainable()
-                params = {k: grads[p].to(self._dtype) for k, p in trainable.items() if p in grads}
+                params = {
+                    k: whole(grads[p]).to(self._dtype) for k, p in trainable.items() if p in grads
+                }
                 if params:
                     total = total + call.layer.contract(call.call.key, call.saved, params)
-        return total * (n * gradient_scale**2)
+        return self.ranks.gather(total * (n * gradient_scale**2 / self.ranks.size))
 
 
 def _disagreement(calls: list[ObservedCall]) -> str:
@@ -419,12 +502,3 @@ def _unexpected(name: str) -> str:
 def _some(names: set[str]) -> str:
     shown = sorted(names)[:3]
     return ", ".join(map(repr, shown)) + (", …" if len(names) > len(shown) else "")
-
-
-def _norm_sq(tensors: list[Tensor]) -> Tensor:
-    """Σ‖t‖² in float64, of at least one tensor."""
-    if all(type(t) is Tensor for t in tensors):
-        return ops.grad_norm_sq(tensors)
-    # subclasses such as DTensor, which kernels cannot read
-    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
-    return torch.stack(norms).square().sum()

@@ -3,7 +3,8 @@
 A parameter that is also used outside its layer's forward (`F.linear(x, embedding.weight)`, a
 penalty on the weights) gets gradient that no layer measures, and statistics would silently be
 wrong. With G = p.grad and the contributions c_i that the layers measured,
-Σ_i ⟨c_i, G⟩ = ‖G‖² holds exactly when they are all of it.
+Σ_i ⟨c_i, G⟩ = ‖G‖² holds exactly when they are all of it. On several ranks both sides are summed
+over them: the sums agree before G was averaged and after it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .distributed import Ranks, is_sharded
 from .shared import ObservedCall
 
 # Relative rounding allowed in ‖G‖² and, since a mean gradient is small against its samples',
@@ -25,7 +27,10 @@ _ALLOWED = {
 
 @torch.no_grad()
 def unexplained(
-    calls: list[ObservedCall], names: dict[nn.Parameter, str], sum_norms_sq: Tensor
+    calls: list[ObservedCall],
+    names: dict[nn.Parameter, str],
+    sum_norms_sq: Tensor,
+    ranks: Ranks,
 ) -> str:
     """What is wrong with the first parameter whose gradient the calls do not explain, or "".
 
@@ -33,6 +38,7 @@ def unexplained(
         calls: all calls of one backward pass, with their operands.
         names: the parameters' names.
         sum_norms_sq: Σ_i ‖c_i‖² over all parameters.
+        ranks: all of them must call this. Sharded gradients are not checked.
     """
     dtypes = [t.dtype for call in calls for t in call.saved if t.is_floating_point()]
     if not dtypes:
@@ -41,14 +47,17 @@ def unexplained(
     explained: dict[nn.Parameter, Tensor] = {}
     for call in calls:
         for key, p in call.layer.trainable().items():
-            if p.grad is None:
+            if p.grad is None or is_sharded(p.grad):
                 continue
             value = call.layer.contract(call.call.key, call.saved, {key: _wide(p.grad)}).sum()
             explained[p] = explained[p] + value if p in explained else value
-    spread = (sum_norms_sq.double() * calls[0].samples).sqrt()
+    norms = {p: _wide(p.grad).double().square().sum() for p in explained if p.grad is not None}
+    total = sum_norms_sq.double()
+    if ranks.size > 1:
+        total, explained, norms = _over_ranks(ranks, list(names), total, explained, norms)
+    spread = (total * calls[0].samples).sqrt()
     for p, value in explained.items():
-        assert p.grad is not None
-        norm_sq = _wide(p.grad).double().square().sum()
+        norm_sq = norms[p]
         allowed = relative * norm_sq + of_noise * norm_sq.sqrt() * spread
         if torch.isfinite(value) and (value - norm_sq).abs() > allowed:
             return (
@@ -59,6 +68,21 @@ def unexplained(
                 "into weight_decay"
             )
     return ""
+
+
+def _over_ranks(
+    ranks: Ranks,
+    params: list[nn.Parameter],
+    total: Tensor,
+    *by_parameter: dict[nn.Parameter, Tensor],
+) -> tuple[Tensor, dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
+    """The sums over the ranks of a number and of two numbers a parameter; missing ones are 0."""
+    zero = torch.zeros_like(total)
+    own = [found.get(p, zero).double() for found in by_parameter for p in params]
+    total, *sums = ranks.sum_(torch.stack([total, *own])).unbind()
+    half = len(params)
+    first, second = dict(zip(params, sums[:half], strict=True)), sums[half:]
+    return total, first, dict(zip(params, second, strict=True))
 
 
 def _wide(grad: Tensor) -> Tensor:

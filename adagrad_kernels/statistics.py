@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,43 @@ from torch import Tensor
 
 def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
+
+
+class CoordinateReductions(NamedTuple):
+    """What the coordinate-wise tests need of all coordinates, from the update's own pass.
+
+    Attributes:
+        variance_sum: Σ_j var_j.
+        max_ratio: max_j var_j / ḡ_j², 0/0 counting as 0.
+        variance_metric: Σ_j var_j / (√v_j + eps), v AdaGrad's accumulator.
+        grad_metric: Σ_j ḡ_j² / (√v_j + eps).
+    """
+
+    variance_sum: float
+    max_ratio: float
+    variance_metric: float
+    grad_metric: float
+
+
+class LazyCoordinates(Mapping[str, Tensor]):
+    """A tensor for each parameter by name, computed when the first one is asked for."""
+
+    def __init__(self, names: Iterable[str], compute: Callable[[], dict[str, Tensor]]) -> None:
+        self._names = list(names)
+        self._compute: Callable[[], dict[str, Tensor]] | None = compute
+        self._values: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._compute is not None:
+            self._values = self._compute()
+            self._compute = None
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,20 +64,23 @@ class GradientStatistics:
     the properties are 0-dim float64 tensors computed from them, and no property synchronises.
 
     Attributes:
-        batch_size: N, over all micro-batches.
+        batch_size: N, over all micro-batches and ranks.
         sum_norms_sq: Σ_i ‖g_i‖², a Python number.
         mean_norm_sq: ‖ḡ‖², a Python number.
-        contribution_norms_sq: ‖c_i‖² in the order of the samples, [N].
+        contribution_norms_sq: ‖c_i‖² in the order of the samples on this rank, [N] on one rank.
         gradient_scale: factor that the optimizer applies to the accumulated gradient (1/M after
             M micro-batches with mean losses); the other figures include it.
         coordinate_mean: ḡ_j for each parameter by name, or None if not asked for.
         coordinate_variance: var_j likewise.
-        inner_products: ⟨g_i, ḡ⟩ of the samples of the last micro-batch, [m], or None if not asked
-            for.
+        coordinate_reductions: what the update's kernel has found out about them, or None.
+        inner_products: ⟨g_i, ḡ⟩ of the samples of the last micro-batch (of all ranks, one after
+            another), [m], or None if not asked for.
         accumulators: AdaGrad's v_j by parameter name, this step's gradient included, where the
             criterion asked an optimizer of this package for them.
         loss: mean loss of the samples, where an optimizer was told.
         lr: learning rate of the step (of the first parameter group), where an optimizer took it.
+        workers: J, where the variance was measured between the mean gradients of J parts of the
+            batch (`WorkerNormTest`), otherwise 0.
     """
 
     batch_size: int
@@ -46,12 +88,14 @@ class GradientStatistics:
     mean_norm_sq: float
     contribution_norms_sq: Tensor | None = None
     gradient_scale: float = 1.0
-    coordinate_mean: dict[str, Tensor] | None = None
-    coordinate_variance: dict[str, Tensor] | None = None
+    coordinate_mean: Mapping[str, Tensor] | None = None
+    coordinate_variance: Mapping[str, Tensor] | None = None
+    coordinate_reductions: CoordinateReductions | None = None
     inner_products: Tensor | None = None
     accumulators: dict[str, Tensor] | None = None
     loss: float | None = None
     lr: float | None = None
+    workers: int = 0
 
     @property
     def variance(self) -> float:
@@ -79,7 +123,7 @@ class GradientStatistics:
 
     @property
     def sample_norms_sq(self) -> Tensor:
-        """‖g_i‖² in the order of the samples on this rank, [N]."""
+        """‖g_i‖² in the order of the samples on this rank, [N] on one rank."""
         if self.contribution_norms_sq is None:
             raise RuntimeError("these statistics were made from sums alone, without samples")
         return self.contribution_norms_sq * (self.batch_size * self.gradient_scale) ** 2

@@ -25,6 +25,7 @@ from .inner_product import (
     theta_nu_from_epsilon,
 )
 from .norm import NoiseScaleTarget, NormTest
+from .worker import WorkerNormTest
 
 __all__ = [
     "CABS",
@@ -42,6 +43,7 @@ __all__ = [
     "OrthogonalityTest",
     "StatefulCriterion",
     "VarianceTest",
+    "WorkerNormTest",
     "epsilon_from_theta_nu",
     "theta_nu_from_epsilon",
 ]

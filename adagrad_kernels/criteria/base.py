@@ -48,7 +48,10 @@ class Criterion(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Beyond norms: of "coordinates", "inner_products", "accumulators", "loss"."""
+        """Beyond norms: of "coordinates", "inner_products", "accumulators", "loss".
+
+        Or "workers" alone: mean gradients of micro-batches, none of single samples.
+        """
         ...
 
     def evaluate(self, statistics: GradientStatistics) -> Decision:
@@ -188,10 +191,11 @@ class GradientTest(VarianceTest):
 
     def compare(self, statistics: GradientStatistics) -> tuple[Comparison, ...]:
         """The inequalities that must all hold, with a debiased signal if that was chosen."""
-        comparisons = self._compare(statistics)
+        return self._debiased(self._compare(statistics), statistics.batch_size)
+
+    def _debiased(self, comparisons: tuple[Comparison, ...], n: int) -> tuple[Comparison, ...]:
         if not self.debiased:
             return comparisons
-        n = statistics.batch_size
         factor = self._correction(n) / n
 
         def debias(signal: Any, noise: Any) -> Any:

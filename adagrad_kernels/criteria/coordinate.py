@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..statistics import GradientStatistics
-from .base import Comparison, GradientTest, check_positive
+from .base import Comparison, Decision, GradientTest, check_positive
 
 _AGGREGATES = ("max", "quantile", "fraction", "adagrad")
 
@@ -78,6 +78,18 @@ class CoordinateNormTest(GradientTest):
         """Coordinates, and for "adagrad" the accumulators."""
         more = {"accumulators"} if self.aggregate == "adagrad" else set()
         return frozenset({"coordinates", *more})
+
+    def evaluate(self, statistics: GradientStatistics) -> Decision:
+        """Applies the test, without looking at the coordinates where the update's kernel has."""
+        r = statistics.coordinate_reductions
+        sides = None
+        if r is not None and not self.undecidable(statistics):
+            known = {"max": (r.max_ratio, 1.0), "adagrad": (r.variance_metric, r.grad_metric)}
+            sides = known.get(self.aggregate)
+        if sides is None:
+            return super().evaluate(statistics)
+        n = statistics.batch_size
+        return self.decide(n, self._debiased((Comparison(*sides, self.eta**2),), n))
 
     def _compare(self, statistics: GradientStatistics) -> tuple[Comparison, ...]:
         variance, mean = statistics.coordinate_variance, statistics.coordinate_mean

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..criteria import Criterion
-from .base import AdaptiveAdagrad, Work
+from ..distributed import local
+from .base import AdaptiveAdagrad, Updated, Work, pooled_reductions
 
 
 class AdAdaGrad(AdaptiveAdagrad):
@@ -26,6 +27,10 @@ class AdAdaGrad(AdaptiveAdagrad):
     is a mean over its samples: `step` updates when `batch_size` samples have come together,
     with the mean over the micro-batches, and `zero_grad` waits for that. Do not change the
     gradients in between: the test compares them with those of the samples.
+
+    Under `DistributedDataParallel` or `fully_shard` every process runs this loop; batch sizes are
+    those of all processes together. Give it the model as it is called, wrapped: then processes
+    average once a batch; if the wrapped module itself is given, once a micro-batch.
 
     A loss that is not finite changes the weights as in torch, but not the batch size, and the
     log (`logging`, "adagrad_kernels") says so.
@@ -44,7 +49,7 @@ class AdAdaGrad(AdaptiveAdagrad):
         params: parameter groups as in torch, if not all parameters are alike; together they must
             hold every trainable parameter of the model.
         **controller: `growth_limit`, `lr_policy` and the other options of
-            `BatchSizeController`, and `fallback` of `observe`.
+            `BatchSizeController`, and `fallback` and `process_group` of `observe`.
 
     Raises:
         ValueError: arguments out of range, or what `observe` raises.
@@ -103,22 +108,29 @@ class AdAdaGrad(AdaptiveAdagrad):
             )
         return state
 
-    def _update(self, work: list[Work], gradient_scale: float) -> Tensor:
+    def _update(self, work: list[Work], gradient_scale: float) -> Updated:
         runs: dict[tuple[Any, ...], list[Work]] = {}
         for w in work:
             group = w.group
-            options = w.lr, group["eps"], group["weight_decay"], group["maximize"]
+            copies = self.ranks.copies(w.param)
+            options = w.lr, group["eps"], group["weight_decay"], group["maximize"], copies
             runs.setdefault(options, []).append(w)
-        norms = []
-        for (lr, eps, weight_decay, maximize), run in runs.items():
-            norm_sq, _ = ops.adagrad_(
-                [w.param for w in run], [w.grad for w in run], [w.state["sum"] for w in run],
+        samples = sum(self.cycle.observer.rows())
+        norms, reductions = [], []
+        for (lr, eps, weight_decay, maximize, copies), run in runs.items():
+            norm_sq, found = ops.adagrad_(
+                [local(w.param) for w in run],
+                [local(w.grad) for w in run],
+                [local(w.state["sum"]) for w in run],
+                self._coordinate_sums(run),
                 lr=lr, eps=eps, weight_decay=weight_decay, maximize=maximize,
-                grad_scale=gradient_scale,
+                grad_scale=gradient_scale, samples=max(samples, 2),
             )  # fmt: skip
-            norms.append(norm_sq)
+            reductions.append(found)
+            norms.append(norm_sq if copies == 1 else norm_sq / copies)
         torch._foreach_add_([w.state["step"] for w in work], 1)
-        return norms[0] if len(norms) == 1 else torch.stack(norms).sum()
+        norm_sq = norms[0] if len(norms) == 1 else torch.stack(norms).sum()
+        return norm_sq, pooled_reductions(reductions)
 
     def _check_sum(self, p: Tensor, saved: Tensor) -> None:
         if saved.shape != p.shape:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..criteria import Criterion
-from .base import AdaptiveAdagrad, Work
+from ..distributed import is_sharded, local
+from .base import AdaptiveAdagrad, Updated, Work, pooled_reductions
 
 
 class AdAdaGradNorm(AdaptiveAdagrad):
@@ -91,16 +92,36 @@ class AdAdaGradNorm(AdaptiveAdagrad):
             state["sum"] = self.accumulator
         return state
 
-    def _update(self, work: list[Work], gradient_scale: float) -> Tensor:
+    def _update(self, work: list[Work], gradient_scale: float) -> Updated:
         group = self.param_groups[0]
-        norm_sq, _ = ops.adagrad_norm_(
-            [w.param for w in work], [w.grad for w in work], self.accumulator,
+        sharded = any(is_sharded(w.param) for w in work)
+        total = self._add_other_shards(work, gradient_scale) if sharded else None
+        norm_sq, reductions = ops.adagrad_norm_(
+            [local(w.param) for w in work], [local(w.grad) for w in work], self.accumulator,
+            self._coordinate_sums(work),
             lr=[w.lr for w in work], eps=group["eps"],
             weight_decay=[float(w.group["weight_decay"]) for w in work],
             maximize=group["maximize"], grad_scale=gradient_scale,
+            samples=max(sum(self.cycle.observer.rows()), 2),
         )  # fmt: skip
         torch._foreach_add_([w.state["step"] for w in work], 1)
-        return norm_sq
+        if total is None:
+            copies = self.ranks.size
+            norm_sq = norm_sq if copies == 1 else norm_sq / copies
+            return norm_sq, pooled_reductions([reductions])
+        self.accumulator.copy_(total)  # without the rounding in which ranks differ
+        return self.ranks.norm_sq([w.grad for w in work]) * gradient_scale**2, None
+
+    def _add_other_shards(self, work: list[Work], gradient_scale: float) -> Tensor:
+        """Adds to v what the update, which sees this rank's shards, will not; returns the new v."""
+        steps = []
+        for w in work:
+            factor = -gradient_scale if w.group["maximize"] else gradient_scale
+            steps.append(torch.add(w.grad * factor, w.param, alpha=w.group["weight_decay"]))
+        own = ops.grad_norm_sq([local(step) for step in steps])
+        total = self.accumulator + self.ranks.sum_(self.ranks.norm_sq(steps))
+        self.accumulator.copy_(total - own)
+        return total
 
     def _check_sum(self, p: Tensor, saved: Tensor) -> None:
         if saved.numel() != 1:

@@ -29,7 +29,7 @@ class AdaptiveBatch(Cycled):
         batch_size: first global batch size.
         max_batch_size: its cap; equal to batch_size, the batch is fixed and only measured.
         **controller: `growth_limit`, `lr_policy` and the other options of
-            `BatchSizeController`, and `fallback` of `observe`.
+            `BatchSizeController`, and `fallback` and `process_group` of `observe`.
 
     Attributes:
         optimizer: the inner optimizer.

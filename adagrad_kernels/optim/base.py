@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..criteria import Criterion
+from ..observer import Observer
 from .cycle import BatchCycle, named_trainable
 from .cycled import Cycled
 
@@ -24,6 +25,22 @@ class Work(NamedTuple):
     grad: Tensor
     state: dict[str, Any]
     lr: float
+
+
+Updated = tuple[Tensor, Tensor | None]
+"""This rank's share of ‖ḡ‖², and the reductions of the coordinate-wise tests if there are any."""
+
+
+def pooled_reductions(parts: list[Tensor]) -> Tensor | None:
+    """Those of several calls of `ops.adagrad_` as one; None if any of them had no sums."""
+    if not all(part.numel() for part in parts):
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    table = torch.stack(parts)
+    pooled = table.sum(0)
+    pooled[1] = table[:, 1].max()
+    return pooled
 
 
 class AdaptiveAdagrad(Cycled, Optimizer):
@@ -99,13 +116,13 @@ class AdaptiveAdagrad(Cycled, Optimizer):
         if self.cycle.complete(self.param_groups, loss, self._given_loss_scale()):
             scale = self.cycle.gradient_scale
             work = list(self._work())
-            norm_sq = self._update(work, scale)
+            norm_sq, reductions = self._update(work, scale)
             accumulators = None
             if "accumulators" in self.cycle.criterion.needs:
                 sums = {id(w.param): w.state["sum"] for w in work}
                 named = self.cycle.observer.parameters()
                 accumulators = {name: sums[id(p)] for name, p in named if id(p) in sums}
-            self.cycle.finish(norm_sq, work[0].lr, accumulators)
+            self.cycle.finish(norm_sq, work[0].lr, accumulators, reductions)
         return result
 
     def _work(self) -> Iterator[Work]:
@@ -120,6 +137,13 @@ class AdaptiveAdagrad(Cycled, Optimizer):
                     rate /= 1 + float(state["step"]) * group["lr_decay"]
                 yield Work(group, p, p.grad, state, rate)
 
+    def _coordinate_sums(self, work: list[Work]) -> list[Tensor]:
+        """Σ_i c_i² for the update's kernel, where the coming test looks at coordinates."""
+        observer = self.cycle.observer
+        if isinstance(observer, Observer) and self.controller.due:
+            return observer.coordinate_sums([w.param for w in work])
+        return []
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch, but does nothing while a batch is being accumulated."""
         if self.cycle.may_zero():
@@ -129,8 +153,8 @@ class AdaptiveAdagrad(Cycled, Optimizer):
         """state[p] with "step" and "sum", made where it is missing."""
         raise NotImplementedError
 
-    def _update(self, work: list[Work], gradient_scale: float) -> Tensor:
-        """Updates the parameters and returns ‖ḡ‖²."""
+    def _update(self, work: list[Work], gradient_scale: float) -> Updated:
+        """Updates the parameters and returns what the kernel has found out on the way."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:

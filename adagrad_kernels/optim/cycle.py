@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ..batch_size import BatchSizeController
 from ..criteria import Criterion, Decision, NormTest, StatefulCriterion
-from ..observer import observe
+from ..distributed import Group, is_data_parallel
+from ..observer import Observer, observe
 from ..statistics import GradientStatistics
+from ..workers import WorkerObserver
 
 logger = logging.getLogger("adagrad_kernels")
 
@@ -25,12 +27,16 @@ LossScale = tuple[Tensor, Tensor]
 class BatchCycle:
     """Counts samples until the batch is complete, then tests it and sets the next batch size.
 
+    Where several processes share a step, all of them must call it. If the model is a
+    `DistributedDataParallel`, its processes average the gradients in the last micro-batch only.
+
     Args:
         model: observed from now on.
         criterion: the test, `NormTest(0.1)` if None.
         batch_size: first global batch size.
         max_batch_size: its cap.
         fallback: see `observe`.
+        process_group: see `observe`.
         options: further arguments of `BatchSizeController`.
     """
 
@@ -41,6 +47,7 @@ class BatchCycle:
         batch_size: int,
         max_batch_size: int,
         fallback: str = "error",
+        process_group: Group | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -52,12 +59,20 @@ class BatchCycle:
         self.criterion = criterion if criterion is not None else NormTest(0.1)
         stateful = isinstance(self.criterion, StatefulCriterion)
         self._memory = cast(StatefulCriterion, self.criterion) if stateful else None
-        self.observer = observe(
-            model,
-            coordinates="coordinates" in self.criterion.needs,
-            inner_products="inner_products" in self.criterion.needs,
-            fallback=fallback,
-        )
+        self.observer: Observer | WorkerObserver
+        if "workers" in self.criterion.needs:
+            self.observer = WorkerObserver(model, process_group)
+        else:
+            self.observer = observe(
+                model,
+                coordinates="coordinates" in self.criterion.needs,
+                inner_products="inner_products" in self.criterion.needs,
+                fallback=fallback,
+                process_group=process_group,
+            )
+        self.ranks = self.observer.ranks
+        if is_data_parallel(model):
+            model.register_forward_pre_hook(self._average_in_last_micro_batch)
         self.statistics: GradientStatistics | None = None
         self.decision: Decision | None = None
         self.updated = False
@@ -93,6 +108,12 @@ class BatchCycle:
                 "not belong to the model"
             )
 
+    def _average_in_last_micro_batch(self, model: nn.Module, _: Any) -> None:
+        """What `no_sync()` is for, without the user's having to know the last micro-batch."""
+        if torch.is_grad_enabled():
+            last = self._counted + 1 >= self.controller.micro_batches()[1]
+            model.require_backward_grad_sync = last  # type: ignore[assignment]
+
     def complete(
         self,
         groups: Sequence[Mapping[str, Any]],
@@ -126,7 +147,7 @@ class BatchCycle:
             self._counted = observer.micro_batches
             if loss_scale is not None:
                 self._loss_scales.append(loss_scale)
-            if sum(rows) < self.controller.batch_size:
+            if sum(rows) * self.ranks.size < self.controller.batch_size:
                 return False
             if not self._settle_loss_scale():
                 self.forget()
@@ -191,23 +212,35 @@ class BatchCycle:
         grad_norm_sq: Tensor | None = None,
         lr: float | None = None,
         accumulators: dict[str, Tensor] | None = None,
+        reductions: Tensor | None = None,
     ) -> None:
         """Tests the complete batch, if that is due, sets the next size and starts counting anew.
 
         Args:
-            grad_norm_sq: ‖ḡ‖² where the update has computed it; otherwise read from `.grad`.
+            grad_norm_sq: this rank's share of ‖ḡ‖² where the update has computed it; otherwise
+                read from `.grad`.
             lr: learning rate of the step, for criteria that look at it.
             accumulators: by parameter name, likewise.
+            reductions: of the coordinates, where the update has computed them.
         """
         controller = self.controller
-        samples = sum(self.observer.rows())
+        samples = sum(self.observer.rows()) * self.ranks.size
         try:
             if controller.due:
                 statistics = self._measured
                 if statistics is None:
-                    statistics = self.observer.statistics(grad_norm_sq, self.gradient_scale)
-                loss = float(torch.stack(self._losses).mean()) if self._losses else None
-                statistics = replace(statistics, loss=loss, lr=lr, accumulators=accumulators)
+                    known = () if reductions is None else (reductions,)
+                    scale = self.gradient_scale
+                    statistics = self.observer.statistics(grad_norm_sq, scale, *known)
+                if statistics.batch_size != samples:
+                    raise RuntimeError(
+                        f"{statistics.batch_size} samples on {self.ranks.size} processes, but "
+                        f"{samples // self.ranks.size} on this one: averaged gradients would give "
+                        "them different weights. Use AdaptiveDataLoader"
+                    )
+                statistics = replace(
+                    statistics, loss=self._mean_loss(), lr=lr, accumulators=accumulators
+                )
                 self.decision = self._test(statistics)
                 self.statistics = statistics
                 controller.advance(self.decision, statistics, samples)
@@ -216,6 +249,17 @@ class BatchCycle:
         finally:
             self.forget()
         self.updated = True
+
+    def _mean_loss(self) -> float | None:
+        """Of all samples of the batch, if the losses were told."""
+        if not self._losses:
+            return None
+        mean = torch.stack(self._losses).mean()
+        if self.ranks.size > 1:
+            grad = self._some_grad()
+            mean = self.ranks.sum_(mean.to(grad.device if grad is not None else mean.device))
+            mean /= self.ranks.size
+        return float(mean)
 
     def _test(self, statistics: GradientStatistics) -> Decision:
         decision = self.criterion.evaluate(statistics)

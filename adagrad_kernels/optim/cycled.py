@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..batch_size import BatchSizeController
 from ..criteria import Decision
+from ..distributed import Ranks
 from ..statistics import GradientStatistics
 from .cycle import BatchCycle, LossScale
 
@@ -41,6 +42,11 @@ class Cycled:
     def controller(self) -> BatchSizeController:
         """What holds and grows the batch size; loaders take it."""
         return self.cycle.controller
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share a step; loaders take it."""
+        return self.cycle.ranks
 
     @property
     def statistics(self) -> GradientStatistics | None:

@@ -1,0 +1,130 @@
+"""Mean gradients of micro-batches, as they come out of the backward pass, in place of samples'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .distributed import Group, Ranks, check_same_gradient, data_parallel_group, is_sharded
+from .statistics import GradientStatistics
+
+
+class WorkerObserver:
+    """Measures ‖·‖² of what each backward pass adds to the gradient, for `WorkerNormTest`.
+
+    One hook a parameter, told of the gradient before it is accumulated or averaged over
+    processes. Layers stay as they are.
+
+    Args:
+        model: any model; dimension 0 of the first tensor it is called with counts the samples.
+        process_group: see `observe`.
+
+    Raises:
+        ValueError: a model without trainable parameters.
+    """
+
+    def __init__(self, model: nn.Module, process_group: Group | None = None) -> None:
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("the model has no trainable parameters: there is nothing to observe")
+        self.model = model
+        self.ranks = Ranks(process_group or data_parallel_group(model))
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._called, with_kwargs=True)
+        ]
+        self._watched: set[nn.Parameter] = set()
+        self._task = -1  # the backward pass that _norms belong to
+        self._samples = 0
+        self.reset()
+
+    def _called(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for _, p in self.parameters():  # some may have been unfrozen
+            if p not in self._watched:
+                self._watched.add(p)
+                self._handles.append(p.register_hook(self._take))
+        tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim())
+        first = next(tensors, None)
+        if first is None:
+            raise ValueError("the model was called without a tensor whose rows count the samples")
+        self._samples = first.shape[0]
+
+    @torch.no_grad()
+    def _take(self, grad: Tensor) -> None:
+        """One parameter's gradient in one backward pass."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            self._micro_batches.append((self._samples, []))
+        self._micro_batches[-1][1].append(torch.linalg.vector_norm(grad, dtype=torch.float64))
+
+    @property
+    def micro_batches(self) -> int:
+        """Backward passes since the last reset."""
+        return len(self._micro_batches)
+
+    def rows(self) -> list[int]:
+        """The number of samples of each micro-batch since the last reset."""
+        return [samples for samples, _ in self._micro_batches]
+
+    def check(self) -> None:
+        """Raises RuntimeError where gradients are sharded: they exist nowhere before averaging."""
+        if any(is_sharded(p) for _, p in self.parameters()):
+            raise RuntimeError(
+                "WorkerNormTest cannot see the gradients of sharded parameters before they are "
+                "averaged: take NormTest"
+            )
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of the trainable parameters."""
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def reset(self) -> None:
+        """Forgets what was measured, for the next step."""
+        self._micro_batches: list[tuple[int, list[Tensor]]] = []
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.reset()
+
+    def statistics(
+        self, grad_norm_sq: Tensor | None = None, gradient_scale: float = 1.0
+    ) -> GradientStatistics:
+        """The variance between micro-batches, as that of one sample; on all ranks together.
+
+        Arguments as `Observer.statistics`. With J workers' gradients g_j of N/J samples,
+        tr Σ̂ = N/J · (Σ_j‖g_j‖² − J‖ḡ‖²)/(J − 1); NaN for J = 1.
+
+        Raises:
+            RuntimeError: no backward pass; ranks whose gradients have not been averaged.
+        """
+        if not self._micro_batches:
+            raise RuntimeError("no statistics: no backward pass since the last reset()")
+        if grad_norm_sq is None:
+            grads = [p.grad for _, p in self.parameters() if p.grad is not None]
+            grad_norm_sq = self.ranks.norm_sq(grads) * gradient_scale**2
+        norms = torch.stack([norm for _, norms in self._micro_batches for norm in norms])
+        pooled = self.ranks.pool(norms.square().sum(), grad_norm_sq, sum(self.rows())).tolist()
+        sum_sq, mean_norm_sq, samples, shares_sq = pooled
+        check_same_gradient(self.ranks, mean_norm_sq, shares_sq)
+        size, n = self.ranks.size, int(samples)
+        workers = self.micro_batches * size
+        variance = float("nan")
+        if workers > 1:  # g_j is J times what worker j added to the gradient
+            sum_sq *= (workers / size * gradient_scale) ** 2
+            between = (sum_sq - workers * mean_norm_sq) / (workers - 1)
+            variance = n / workers * (max(between, 0.0) if between == between else between)
+        return GradientStatistics(
+            batch_size=n,
+            sum_norms_sq=(n - 1) * variance + n * mean_norm_sq,
+            mean_norm_sq=mean_norm_sq,
+            gradient_scale=gradient_scale,
+            workers=workers,
+        )
