@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make bench   the benchmarks
 # make check-gpu  on a machine with a GPU: builds, tests, measures, with $(PYTHON) as it is
+# make sanitize  the ops' tests with CPU kernels that check addresses and undefined behaviour
 # make lint    style, formats, types        make format   put the formats right
 # make clean   remove what was compiled     make distclean   the environment, too
 #
@@ -21,7 +22,7 @@ COMPILED := $(VENV)/.compiled
 SOURCES := $(shell find csrc -type f)
 PYTHON_FILES := adagrad_kernels tests benchmarks tools setup.py
 
-.PHONY: train test bench check-gpu lint format clean distclean
+.PHONY: train test bench check-gpu sanitize lint format clean distclean
 .DELETE_ON_ERROR:
 
 train: $(COMPILED)
@@ -36,6 +37,15 @@ bench: $(COMPILED)
 # No environment of its own, nothing downloaded: such a machine may have no network.
 check-gpu:
 	$(PYTHON) tools/check_gpu.py
+
+# The library of this build lies by itself; ADAGRAD_KERNELS_LIBRARY has it loaded instead.
+sanitize: $(COMPILED)
+	ADAGRAD_KERNELS_SANITIZE=1 ADAGRAD_KERNELS_CUDA=0 \
+	  $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize
+	ADAGRAD_KERNELS_LIBRARY=build/sanitize/adagrad_kernels/_C.abi3.so \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest $(wildcard tests/test_ops_*.py) -k "not inductor and not compilation"
 
 lint: $(COMPILED)
 	$(BIN)/ruff check $(PYTHON_FILES)

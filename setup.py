@@ -6,7 +6,8 @@ from TORCH_TARGET_VERSION on; it is loaded by path with `torch.ops.load_library`
 `adagrad_kernels/_build.*.so`: a pybind11 module that tells how the kernels were compiled.
 
 ADAGRAD_KERNELS_CUDA=0|1 decides about the CUDA kernels (tools/find_cuda.py), and
-TORCH_CUDA_ARCH_LIST for which architectures.
+TORCH_CUDA_ARCH_LIST for which architectures. ADAGRAD_KERNELS_SANITIZE=1 has the CPU kernels check
+addresses and undefined behaviour (`make sanitize`).
 """
 
 import os
@@ -41,6 +42,12 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
+LINK_FLAGS = ["-Wl,-s"]
+SANITIZE = os.environ.get("ADAGRAD_KERNELS_SANITIZE") == "1"
+if SANITIZE:
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    CXX_FLAGS += ["-O1", "-fno-omit-frame-pointer", *checks]
+    LINK_FLAGS = checks
 WARNING_FLAGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 PATH_FLAGS = [
     f"-ffile-prefix-map={ROOT}/=",  # error messages say csrc/… and torch/…, wherever that was
@@ -81,7 +88,7 @@ kernels = Extension(
     define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
     extra_compile_args={"cxx": CXX_FLAGS + WARNING_FLAGS + PATH_FLAGS, "nvcc": NVCC_FLAGS},
     # The CUDA runtime stays inside: torch's own copy must not take its place, nor it torch's.
-    extra_link_args=["-fopenmp", "-Wl,--as-needed", "-Wl,-s", "-Wl,--exclude-libs,ALL"],
+    extra_link_args=["-fopenmp", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL", *LINK_FLAGS],
     library_dirs=cpp_extension.library_paths(),
     libraries=["c10", "torch_cpu"],  # found at run time because torch is imported first
     py_limited_api=True,
@@ -111,7 +118,8 @@ class BuildKernels(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         python, platform = sys.implementation.cache_tag, sysconfig.get_platform()
-        self.build_temp = str(ROOT / "build" / f"{python}-{platform}-torch-{torch.__version__}")
+        name = f"{python}-{platform}-torch-{torch.__version__}" + "-sanitize" * SANITIZE
+        self.build_temp = str(ROOT / "build" / name)
 
     def build_extensions(self) -> None:
         archs = f" for {', '.join(cuda_archs)}" if cuda_archs else ""

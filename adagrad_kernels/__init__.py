@@ -19,12 +19,13 @@ from .criteria import (
     NoiseScaleTarget,
     NormTest,
     OrthogonalityTest,
+    WorkerNormTest,
     epsilon_from_theta_nu,
     theta_nu_from_epsilon,
 )
 from .data import AdaptiveDataLoader
 from .observer import Observer, observe
-from .optim import AdAdaGrad, AdAdaGradNorm, AdaptiveBatch
+from .optim import AdAdaGrad, AdAdaGradNorm, AdaptiveBatch, LocalAdaptiveBatch
 from .statistics import GradientStatistics
 
 __all__ = [
@@ -40,11 +41,13 @@ __all__ = [
     "Decision",
     "GradientStatistics",
     "InnerProductTest",
+    "LocalAdaptiveBatch",
     "NoiseScaleTarget",
     "NormTest",
     "Observer",
     "OrthogonalityTest",
     "UnsupportedLayerError",
+    "WorkerNormTest",
     "__version__",
     "epsilon_from_theta_nu",
     "functional",

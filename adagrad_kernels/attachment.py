@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
@@ -17,18 +18,24 @@ class UnsupportedLayerError(TypeError):
 
 
 def attach(
-    model: nn.Module, observer: Observer, fallback: str
+    model: nn.Module,
+    observer: Observer,
+    fallback: str,
+    chosen: Iterable[str | nn.Module] | None = None,
 ) -> tuple[list[ObservedLayer], dict[nn.Parameter, str], set[ObservedLayer]]:
-    """Exchanges the classes of the model's layers.
+    """Exchanges the classes of the model's layers, of the chosen ones or of all.
 
     Returns:
         The observed layers, the name of every parameter, and the layers that share a parameter
         with another one.
     """
-    plan = _plan(model, fallback)
     names = {p: name for name, p in model.named_parameters()}
     if not any(p.requires_grad for p in names):
         raise ValueError("the model has no trainable parameters: there is nothing to observe")
+    inside = None if chosen is None else _modules_in(model, chosen)
+    plan = _plan(model, fallback, inside)
+    if inside is not None:
+        _check_closed(model, inside)
     layers: list[ObservedLayer] = []
     for name, (module, observed) in plan.items():
         module.__dict__["plain_class"] = type(module)
@@ -55,12 +62,52 @@ def detached_class(layer: ObservedLayer) -> type[nn.Module]:
     return type(f"FSDP{plain.__name__}", (added[0], plain), {"__deepcopy__": own["__deepcopy__"]})
 
 
-def _plan(model: nn.Module, fallback: str) -> dict[str, tuple[nn.Module, type[ObservedLayer]]]:
+def _modules_in(model: nn.Module, chosen: Iterable[str | nn.Module]) -> set[nn.Module]:
+    """The modules that are named, or given, with everything in them."""
+    if isinstance(chosen, (str, nn.Module)):
+        raise TypeError(f"layers must be a list of names or modules, got {chosen!r}")
+    named = dict(model.named_modules(remove_duplicate=False))
+    own = set(named.values())
+    inside: set[nn.Module] = set()
+    for choice in chosen:
+        module = named.get(choice) if isinstance(choice, str) else choice
+        if module not in own:
+            kind = repr(choice) if isinstance(choice, str) else type(choice).__name__
+            raise ValueError(
+                f"layers: {kind} is no module of the model; it has "
+                + ", ".join(repr(name) for name, _ in model.named_children())
+                + ", and modules in them"
+            )
+        inside.update(cast(nn.Module, module).modules())
+    if not any(p.requires_grad for module in inside for p in module.parameters(recurse=False)):
+        raise ValueError("layers: none of them has trainable parameters")
+    return inside
+
+
+def _check_closed(model: nn.Module, inside: set[nn.Module]) -> None:
+    """That no layer outside has a parameter of the chosen ones, whose gradient it would change."""
+    measured = {p for module in inside for p in module.parameters(recurse=False)}
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        for key, p in module.named_parameters(recurse=False):
+            if p in measured and p.requires_grad:
+                raise ValueError(
+                    f"layers: {f'{name}.{key}'.lstrip('.')!r} is tied to a parameter of a chosen "
+                    f"layer; choose {name!r} as well"
+                )
+
+
+def _plan(
+    model: nn.Module, fallback: str, inside: set[nn.Module] | None
+) -> dict[str, tuple[nn.Module, type[ObservedLayer]]]:
     """Name, module and observed class of each layer; changes nothing."""
     plan: dict[str, tuple[nn.Module, type[ObservedLayer]]] = {}
     units: list[str] = []  # modules that are measured with everything in them
     for name, module in model.named_modules():
         if any(unit == "" or name.startswith(unit + ".") for unit in units):
+            continue
+        if inside is not None and module not in inside:
             continue
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, ObservedLayer):

@@ -15,9 +15,9 @@ class BatchSizeController:
 
     After a failed test with suggestion b⁺ the next batch has
     min(max_batch_size, ⌈growth_limit · b⌉, b⁺) samples, at least as many as before, rounded up to
-    what can be served: a multiple of `multiple_of`, and equal micro-batches of at most
-    `max_micro_batch_size` samples once a loader has set that. (Rounded down where rounding up
-    would pass the cap.)
+    what can be served: a multiple of `multiple_of`, and, once a loader has set that, equal
+    micro-batches of at most `max_micro_batch_size` samples on each of `processes` processes.
+    (Rounded down where rounding up would pass the cap.)
 
     Args:
         batch_size: b₀ ≥ 1, the first global batch. From 1 it cannot grow (one sample has no
@@ -39,7 +39,8 @@ class BatchSizeController:
     Attributes:
         batch_size: samples of the next batch.
         initial_batch_size: b₀, as it was served.
-        max_micro_batch_size: largest micro-batch, or None; set by the loader.
+        max_micro_batch_size: largest micro-batch of one process, or None; set by the loader.
+        processes: how many share a batch; set by the loader.
         samples: samples of all finished steps.
         steps: finished steps.
 
@@ -91,6 +92,7 @@ class BatchSizeController:
         self.lr_policy = LRPolicy(lr_policy)
         self.initial_batch_size = self.batch_size
         self.max_micro_batch_size: int | None = None
+        self.processes = 1
         self.steps = 0
         self.samples = 0
         self._average: float | None = None
@@ -135,20 +137,36 @@ class BatchSizeController:
         return self.batch_size
 
     def micro_batches(self) -> tuple[int, int]:
-        """(m, M): the current batch as M equal micro-batches of m samples."""
-        split = _split(self.batch_size, self.max_micro_batch_size, self.multiple_of)
+        """(m, M): the current batch as M equal micro-batches of m samples, of all processes."""
+        split = self._split(self.batch_size)
         assert split is not None  # every batch size was made servable
         return split
 
-    def limit_micro_batches(self, max_micro_batch_size: int) -> None:
-        """Called by a loader: from now on batches divide into equal micro-batches of this size."""
+    def limit_micro_batches(self, max_micro_batch_size: int, processes: int = 1) -> None:
+        """Called by a loader: from now on batches divide into equal micro-batches.
+
+        Args:
+            max_micro_batch_size: the largest that one process takes at a time.
+            processes: how many processes share a batch, in equal parts.
+
+        Raises:
+            ValueError: micro-batches smaller than `multiple_of`, or a cap below one sample for
+                each process.
+        """
         limit = _count("max_micro_batch_size", max_micro_batch_size)
-        if limit < self.multiple_of:
+        multiple = math.lcm(self.multiple_of, _count("processes", processes))
+        if limit * processes < multiple:
             raise ValueError(
                 f"max_micro_batch_size ({max_micro_batch_size}) is smaller than multiple_of "
                 f"({self.multiple_of})"
             )
-        self.max_micro_batch_size = limit
+        if self.max_batch_size < multiple:
+            raise ValueError(
+                f"max_batch_size ({self.max_batch_size}) is smaller than one sample for each of "
+                f"{processes} processes"
+                + (f" in multiples of {self.multiple_of}" if self.multiple_of > 1 else "")
+            )
+        self.max_micro_batch_size, self.processes = limit, processes
         self.batch_size = self._servable(self.batch_size)
         if not self.steps:
             self.initial_batch_size = self.batch_size
@@ -182,15 +200,24 @@ class BatchSizeController:
             most, least = min(most, math.ceil(limit * b)), max(least, math.floor(b / limit))
         return max(b if self.monotone else least, min(suggestion, most))
 
+    @property
+    def _multiple(self) -> int:
+        return math.lcm(self.multiple_of, self.processes)
+
+    def _split(self, batch_size: int) -> tuple[int, int] | None:
+        limit = self.max_micro_batch_size
+        limit = None if limit is None else limit * self.processes
+        return _split(batch_size, limit, self._multiple)
+
     def _servable(self, target: int) -> int:
         """The least size from target on that divides into micro-batches, the next below the cap."""
-        multiple = self.multiple_of
+        multiple = self._multiple
         first = -(-target // multiple) * multiple
         for size in range(first, self.max_batch_size + 1, multiple):
-            if _split(size, self.max_micro_batch_size, multiple):
+            if self._split(size):
                 return size
         size = min(first, self.max_batch_size // multiple * multiple)
-        while not _split(size, self.max_micro_batch_size, multiple):
+        while not self._split(size):
             size -= multiple
         return size
 

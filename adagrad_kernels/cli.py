@@ -13,7 +13,8 @@ from typing import NoReturn
 
 from . import show_config
 from ._version import __version__
-from .experiments import comparison, report
+from .distributed import Ranks
+from .experiments import comparison, processes, report
 from .experiments.data import DATASETS
 from .experiments.errors import Interrupted, UsageError
 from .experiments.methods import CRITERIA, OPTIMIZERS
@@ -40,20 +41,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser(with_bench=arguments[:1] == ["bench"]).parse_args(arguments)
         return args.command(args)
     except UsageError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        _say(f"{PROGRAM}: {error}")
         return 2
     except Interrupted as error:
         resume = arguments if "--resume" in arguments else [*arguments, "--resume"]
-        print(f"{error}; to go on: {PROGRAM} {shlex.join(resume)}", file=sys.stderr)
+        _say(f"{error}; to go on: {PROGRAM} {shlex.join(resume)}")
         return 130
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
+def _say(line: str) -> None:
+    if processes.speaks():
+        print(line, file=sys.stderr)
+
+
 def train(args: argparse.Namespace) -> int:
-    """`train`: one run, or four to compare."""
+    """`train`: one run, or four to compare; on all processes of torchrun, if it started this."""
     _show_each_warning_once()
+    with processes.joined(args.device):
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     lr = args.lr if args.lr is not None else LEARNING_RATES[args.optimizer]
     settings = TrainingRun(
         **{name: getattr(args, name) for name in DEFAULTS if name != "lr"}, lr=lr
@@ -68,10 +79,12 @@ def train(args: argparse.Namespace) -> int:
         report.check()
         summary = run(settings, folder, folder.name, args.checkpoint_every, args.resume)
         summaries = {folder.name: summary}
-        report.picture([folder], folder / "run.png")
+        if Ranks().index == 0:
+            report.picture([folder], folder / "run.png")
         written = f"picture in {folder / 'run.png'}, log in {folder / 'log.jsonl'}"
-    print(report.table(summaries))
-    print(written)
+    if Ranks().index == 0:
+        print(report.table(summaries))
+        print(written)
     return 0
 
 
@@ -236,7 +249,7 @@ class _Once(logging.Filter):
 
 def _show_each_warning_once() -> None:
     logger = logging.getLogger("adagrad_kernels")
-    if not logger.handlers:
+    if not logger.handlers and processes.speaks():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
         handler.addFilter(_Once())

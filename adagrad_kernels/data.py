@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.data._utils.pin_memory import pin_memory as pin_memory_of
 
 from .batch_size import BatchSizeController
+from .distributed import Ranks
 from .stream import MicroBatch, SampleStream
 
 
@@ -35,27 +36,37 @@ class AdaptiveDataLoader:
     beginning of the batch that was being served when it was saved, since the gradients that had
     been accumulated are not part of any state: save after `opt.step()`.
 
-    The order of the samples depends on `seed` alone, not on batch sizes, workers or
+    Under `torch.distributed` batch sizes are global: of each micro-batch every process is served an
+    equal part, and the parts of all processes together are the samples that one process would
+    get. So batches become multiples of the number of processes. A state may be loaded on another
+    number of processes.
+
+    The order of the samples depends on `seed` alone, not on batch sizes, workers, processes or
     interruptions; torch's global random numbers are not used. Workers fetch ahead at the present
     batch size; when it changes, what they fetched at the old one is dropped and fetched anew.
 
     Args:
         dataset: a map-style dataset with `len`.
-        controller: an optimizer of this package, or a `BatchSizeController`.
-        max_micro_batch_size: largest micro-batch, by memory.
+        controller: an optimizer of this package, or a `BatchSizeController`. In an optimizer's
+            observer room is made for max_micro_batch_size, which compiled models need beforehand.
+        max_micro_batch_size: largest micro-batch of one process, by memory.
         shuffle: a new permutation each epoch, or the dataset's order.
         num_workers: processes that fetch, 0 for none.
         seed: of the permutations.
         collate_fn: joins samples to a micro-batch, torch's by default.
         pin_memory: as in `torch.utils.data.DataLoader`.
+        rank: which part of each micro-batch to serve, from 0; by default that of this process
+            among those that share the optimizer's steps, or in `torch.distributed`.
+        world_size: the number of parts, likewise; given together with rank.
 
     Attributes:
-        samples: samples served so far.
+        samples: samples served so far, to all processes.
         epoch: complete passes over the dataset so far.
 
     Raises:
         TypeError: an iterable-style dataset.
-        ValueError: an empty dataset, max_micro_batch_size < 1, or num_workers < 0.
+        ValueError: an empty dataset, max_micro_batch_size < 1, num_workers < 0, a rank outside
+            [0, world_size), or what `BatchSizeController.limit_micro_batches` raises.
 
     Example:
         >>> dataset = TensorDataset(torch.arange(10.0))
@@ -76,6 +87,8 @@ class AdaptiveDataLoader:
         seed: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(
@@ -87,13 +100,17 @@ class AdaptiveDataLoader:
             raise ValueError("the dataset is empty")
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        rank, world_size = _part(rank, world_size, getattr(controller, "ranks", None) or Ranks())
+        reserve = getattr(controller, "reserve", None)
         if not isinstance(controller, BatchSizeController):
             controller = _controller_of(controller)
-        controller.limit_micro_batches(max_micro_batch_size)
+        controller.limit_micro_batches(max_micro_batch_size, world_size)
+        if reserve is not None:
+            reserve(min(max_micro_batch_size, controller.max_batch_size))
         self.dataset = dataset
         self.controller = controller
         self.num_workers = num_workers
-        self._stream = SampleStream(length, controller, shuffle, seed)
+        self._stream = SampleStream(length, controller, shuffle, seed, rank)
         self._fetch = _Fetch(dataset, collate_fn)
         self._pin_memory = pin_memory
         self._workers: DataLoader[Any] | None = None
@@ -110,7 +127,7 @@ class AdaptiveDataLoader:
 
     @property
     def samples(self) -> int:
-        """Samples served so far."""
+        """Samples served so far, to all processes."""
         return self._stream.samples
 
     @property
@@ -174,6 +191,17 @@ def _controller_of(optimizer: object) -> BatchSizeController:
             f"{type(optimizer).__name__}"
         )
     return controller
+
+
+def _part(rank: int | None, world_size: int | None, ranks: Ranks) -> tuple[int, int]:
+    """(rank, world_size), found out where they are not given."""
+    if (rank is None) != (world_size is None):
+        raise ValueError("give rank and world_size together, or neither")
+    if rank is None or world_size is None:
+        return ranks.index, ranks.size
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in [0, world_size), got {rank} of {world_size}")
+    return rank, world_size
 
 
 class _Plan:

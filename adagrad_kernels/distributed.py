@@ -62,7 +62,8 @@ class Ranks:
 
     def barrier(self) -> None:
         """Waits for all ranks."""
-        self.sum_(torch.zeros(()))
+        if self.size > 1:
+            dist.barrier(group=self.group)
 
     def copies(self, t: Tensor) -> int:
         """How many ranks hold what this rank holds of a tensor: all, or fewer of a `DTensor`."""

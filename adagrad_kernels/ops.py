@@ -31,6 +31,9 @@ for _schema in (
     "grad_norm_sq(Tensor[] tensors) -> Tensor",
     "linear_weight_grad(Tensor grad_out, Tensor input, SymInt capacity, bool weight, bool bias, "
     "bool coordinates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_adagrad_(Tensor grad_out, Tensor input, Tensor(a!) weight, Tensor(b!) sum, "
+    "SymInt capacity, bool bias, bool coordinates, float lr, float eps, float weight_decay, "
+    "bool maximize, float grad_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "conv_weight_grad(Tensor grad_out, Tensor input, SymInt[] kernel_size, SymInt[] stride, "
     "SymInt[] padding, SymInt[] dilation, SymInt groups, SymInt capacity, bool weight, bool bias, "
     "bool coordinates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -48,6 +51,7 @@ NAMES = (
     "adagrad_norm_",
     "grad_norm_sq",
     "linear_weight_grad",
+    "linear_adagrad_",
     "conv_weight_grad",
     "embedding_weight_grad",
     "scale_weight_grad",
@@ -244,6 +248,63 @@ def linear_weight_grad(
     return _ops.linear_weight_grad.default(grad_out, input, capacity, weight, bias, coordinates)
 
 
+def linear_adagrad_(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    sum: Tensor,
+    capacity: int,
+    bias: bool = True,
+    coordinates: bool = False,
+    *,
+    lr: float = 1e-2,
+    eps: float = 1e-10,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`linear_weight_grad` and `adagrad_` of the weight in one kernel: no gradient in memory.
+
+    Traffic: 16 bytes a float32 parameter instead of at least 24, where samples have one position
+    (or few, without coordinates). Samples of many positions are bound by computation; on the CPU
+    the gradient is then kept while the op runs.
+
+    Args:
+        grad_out: gradient of the output, [b, …, O].
+        input: the layer's input, [b, …, I], same leading dimensions.
+        weight: w [O, I], contiguous; updated.
+        sum: the accumulator v [O, I], contiguous, float32 (float64 for a float64 weight); updated.
+        capacity: columns of the probe, at least b.
+        bias: whether the bias gradient is wanted (the bias itself is not updated).
+        coordinates: whether the sums of squares and their reductions are wanted.
+        lr: step size, after any decay.
+        eps: as in `adagrad_`, the next three as well.
+        weight_decay: as there.
+        maximize: as there.
+        grad_scale: as there.
+
+    Returns:
+        ‖g‖² of the weight and the reductions of the coordinate tests as from `adagrad_` with
+        samples = b; then grad_bias [O], probe [2, capacity], weight_sums [O, I] and bias_sums [O]
+        as from `linear_weight_grad`.
+
+    Raises:
+        RuntimeError: shapes, dtypes or layouts that do not fit, or b > capacity; nothing was
+            updated then.
+
+    Example:
+        >>> w, v = torch.ones(1, 2), torch.zeros(1, 2)
+        >>> grad_out, x = torch.ones(1, 1), torch.tensor([[3., -4.]])
+        >>> norm, _, _, probe, _, _ = linear_adagrad_(grad_out, x, w, v, 1, bias=False, lr=0.5)
+        >>> norm.item(), w.tolist(), v.tolist()
+        (25.0, [[0.5, 1.5]], [[9.0, 16.0]])
+    """
+    return _ops.linear_adagrad_.default(
+        grad_out, input, weight, sum, capacity, bias, coordinates,
+        lr, eps, weight_decay, maximize, grad_scale,
+    )  # fmt: skip
+
+
 def conv_weight_grad(
     grad_out: Tensor,
     input: Tensor,
@@ -419,6 +480,23 @@ def _(
 ) -> tuple[Tensor, ...]:
     shape = (grad_out.shape[-1], input.shape[-1])
     return _fake_layer_grads(grad_out, shape, capacity, weight, bias, coordinates)
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::linear_adagrad_")
+def _(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    sum: Tensor,
+    capacity: int,
+    bias: bool,
+    coordinates: bool,
+    *options: object,
+) -> tuple[Tensor, ...]:
+    shape = (grad_out.shape[-1], input.shape[-1])
+    rest = _fake_layer_grads(grad_out, shape, capacity, True, bias, coordinates)[1:]
+    norm = grad_out.new_empty((), dtype=torch.float64)
+    return norm, norm.new_empty(4 if coordinates else 0), *rest
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::conv_weight_grad")

@@ -218,6 +218,40 @@ def linear_weight_grad(
     return grad, grad_bias, _probe(norms, capacity), grad_sq, bias_sq
 
 
+def linear_adagrad_(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    sum: Tensor,
+    capacity: int,
+    bias: bool,
+    coordinates: bool,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape = [grad_out.shape[-1], input.shape[-1]]
+    for name, t in (("weight", weight), ("sum", sum)):
+        _require(
+            list(t.shape) == shape and t.is_contiguous(),
+            f"linear_adagrad_: {name} must be a contiguous tensor {shape}",
+        )
+    _require(
+        sum.dtype == compute_dtype(weight.dtype),
+        "linear_adagrad_: sum must be float32 (float64 where the weight is)",
+    )
+    grad, grad_bias, probe, weight_sums, bias_sums = linear_weight_grad(
+        grad_out, input, capacity, True, bias, coordinates
+    )
+    norm, reductions = adagrad_(
+        [weight], [grad], [sum], [weight_sums] if coordinates else [],
+        lr, eps, weight_decay, maximize, grad_scale, grad_out.shape[0],
+    )  # fmt: skip
+    return norm, reductions, grad_bias, probe, weight_sums, bias_sums
+
+
 def _unfold(
     a: Tensor,
     size: list[int],

@@ -81,6 +81,8 @@ class GradientStatistics:
         lr: learning rate of the step (of the first parameter group), where an optimizer took it.
         workers: J, where the variance was measured between the mean gradients of J parts of the
             batch (`WorkerNormTest`), otherwise 0.
+        subset: names of the parameters that g_i and ḡ consist of, where `observe` was given
+            layers; None for all.
     """
 
     batch_size: int
@@ -96,6 +98,39 @@ class GradientStatistics:
     loss: float | None = None
     lr: float | None = None
     workers: int = 0
+    subset: tuple[str, ...] | None = None
+
+    @classmethod
+    def between_workers(
+        cls,
+        workers: int,
+        samples: int,
+        sum_norms_sq: float,
+        mean_norm_sq: float,
+        gradient_scale: float = 1.0,
+    ) -> GradientStatistics:
+        """Statistics whose variance is that between the mean gradients g_j of J workers.
+
+            tr Σ̂ = N/J · (Σ_j‖g_j‖² − J‖ḡ‖²)/(J − 1),  NaN for J = 1
+
+        Args:
+            workers: J, parts of the batch with N/J samples each.
+            samples: N.
+            sum_norms_sq: Σ_j ‖g_j‖².
+            mean_norm_sq: ‖ḡ‖².
+            gradient_scale: see the class.
+        """
+        variance = math.nan
+        if workers > 1:
+            between = (sum_norms_sq - workers * mean_norm_sq) / (workers - 1)
+            variance = samples / workers * (max(between, 0.0) if between < math.inf else between)
+        return cls(
+            batch_size=samples,
+            sum_norms_sq=(samples - 1) * variance + samples * mean_norm_sq,
+            mean_norm_sq=mean_norm_sq,
+            gradient_scale=gradient_scale,
+            workers=workers,
+        )
 
     @property
     def variance(self) -> float:
@@ -120,6 +155,25 @@ class GradientStatistics:
     def variance_trace(self) -> Tensor:
         """tr Σ̂, the sum of the coordinates' sample variances (1/(N−1)); NaN for N = 1."""
         return _scalar(self.variance)
+
+    @property
+    def variance_standard_error(self) -> Tensor:
+        """The standard error of tr Σ̂: what another draw of N samples would change in it.
+
+            √(Var(d)/N),   d_i = ‖g_i − ḡ‖² = ‖g_i‖² − 2⟨g_i, ḡ⟩ + ‖ḡ‖²
+
+        from the spread (1/(N−1)) over the samples, to first order in 1/N. Without the inner
+        products of all samples d_i = ‖g_i‖² is taken: the same while the noise of a sample is much
+        larger than the gradient, and an upper bound in expectation for noise that is symmetric. On
+        several ranks without inner products from the samples of this rank, so that ranks differ:
+        for reading, not for decisions. NaN for N = 1.
+        """
+        n, d = self.batch_size, self.sample_norms_sq.double()
+        if self.inner_products is not None and len(self.inner_products) == len(d) == n:
+            d = d - 2 * self.inner_products.double()
+        if len(d) < 2:
+            return torch.full_like(d.sum(), math.nan)
+        return (d.var() / n).sqrt()
 
     @property
     def sample_norms_sq(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from .batch_size import BatchSizeController
 
+logger = logging.getLogger("adagrad_kernels")
+
 
 class MicroBatch(NamedTuple):
-    """A stretch of the stream."""
+    """A stretch of the stream, which the processes share in equal parts."""
 
     start: int
     size: int
@@ -21,7 +24,8 @@ class MicroBatch(NamedTuple):
 class SampleStream:
     """A permutation of the dataset for each epoch, one after the other, cut into micro-batches.
 
-    The order depends on seed and length alone. It knows nothing of loaders, so that a loader's
+    The order depends on seed and length alone. Of every micro-batch each process takes its part,
+    one after another in the order of their ranks. It knows nothing of loaders, so that a loader's
     worker processes can hold it without holding the loader.
 
     Args:
@@ -29,18 +33,25 @@ class SampleStream:
         controller: says how large the batches are.
         shuffle: a new permutation each epoch, or the dataset's order.
         seed: of the permutations.
+        rank: which of the controller's processes this is.
 
     Attributes:
-        samples: samples taken so far.
+        samples: samples taken so far, by all processes.
     """
 
     def __init__(
-        self, length: int, controller: BatchSizeController, shuffle: bool, seed: int
+        self,
+        length: int,
+        controller: BatchSizeController,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
     ) -> None:
         self.length = length
         self.controller = controller
         self.shuffle = shuffle
         self.seed = seed
+        self.rank = rank
         self.samples = 0
         self._batch: tuple[int, int] | None = None  # (m, micro-batches left) inside a batch
         self._batch_start = 0  # where the batch that was served last begins
@@ -82,9 +93,10 @@ class SampleStream:
                 position += size
 
     def indices(self, work: MicroBatch) -> Tensor:
-        """The dataset indices of a stretch of the stream."""
+        """The dataset indices of this process's part of a stretch of the stream."""
         parts = []
-        position, left = work
+        left = work.size // self.controller.processes
+        position = work.start + self.rank * left
         while left:
             epoch, offset = divmod(position, self.length)
             part = self._order(epoch)[offset : offset + left]
@@ -111,6 +123,7 @@ class SampleStream:
             "seed": self.seed,
             "shuffle": self.shuffle,
             "length": self.length,
+            "processes": self.controller.processes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -126,6 +139,15 @@ class SampleStream:
                     f"the loader's state has {name}={state[name]!r}, this loader {own!r}: its "
                     "samples would come in another order"
                 )
+        before, now = state.get("processes", 1), self.controller.processes
+        if before != now:
+            logger.warning(
+                "resumed on another number of processes, %d instead of %d: the samples keep their "
+                "order, batch sizes become multiples of %d",
+                now,
+                before,
+                now,
+            )
         self.samples = state["samples"]
         self._batch = None
         self._orders = {}

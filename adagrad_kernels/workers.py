@@ -24,12 +24,17 @@ class WorkerObserver:
         process_group: see `observe`.
 
     Raises:
-        ValueError: a model without trainable parameters.
+        ValueError: a model without trainable parameters, or with sharded ones.
     """
 
     def __init__(self, model: nn.Module, process_group: Group | None = None) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("the model has no trainable parameters: there is nothing to observe")
+        if any(is_sharded(p) for p in model.parameters()):
+            raise ValueError(
+                "WorkerNormTest cannot see the gradients of sharded parameters before they are "
+                "averaged: take NormTest"
+            )
         self.model = model
         self.ranks = Ranks(process_group or data_parallel_group(model))
         self._handles: list[RemovableHandle] = [
@@ -52,6 +57,7 @@ class WorkerObserver:
         if first is None:
             raise ValueError("the model was called without a tensor whose rows count the samples")
         self._samples = first.shape[0]
+        self._calls += 1
 
     @torch.no_grad()
     def _take(self, grad: Tensor) -> None:
@@ -72,11 +78,11 @@ class WorkerObserver:
         return [samples for samples, _ in self._micro_batches]
 
     def check(self) -> None:
-        """Raises RuntimeError where gradients are sharded: they exist nowhere before averaging."""
-        if any(is_sharded(p) for _, p in self.parameters()):
+        """Raises RuntimeError where one forward pass had several backward passes."""
+        if self.micro_batches > self._calls:
             raise RuntimeError(
-                "WorkerNormTest cannot see the gradients of sharded parameters before they are "
-                "averaged: take NormTest"
+                "more backward passes than calls of the model: run backward() once for each. With "
+                "torch.utils.checkpoint, use use_reentrant=False"
             )
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -86,6 +92,7 @@ class WorkerObserver:
     def reset(self) -> None:
         """Forgets what was measured, for the next step."""
         self._micro_batches: list[tuple[int, list[Tensor]]] = []
+        self._calls = 0
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -103,10 +110,12 @@ class WorkerObserver:
         tr Σ̂ = N/J · (Σ_j‖g_j‖² − J‖ḡ‖²)/(J − 1); NaN for J = 1.
 
         Raises:
-            RuntimeError: no backward pass; ranks whose gradients have not been averaged.
+            RuntimeError: no backward pass, several of one forward pass, or ranks whose gradients
+                have not been averaged.
         """
         if not self._micro_batches:
             raise RuntimeError("no statistics: no backward pass since the last reset()")
+        self.check()
         if grad_norm_sq is None:
             grads = [p.grad for _, p in self.parameters() if p.grad is not None]
             grad_norm_sq = self.ranks.norm_sq(grads) * gradient_scale**2
@@ -114,17 +123,8 @@ class WorkerObserver:
         pooled = self.ranks.pool(norms.square().sum(), grad_norm_sq, sum(self.rows())).tolist()
         sum_sq, mean_norm_sq, samples, shares_sq = pooled
         check_same_gradient(self.ranks, mean_norm_sq, shares_sq)
-        size, n = self.ranks.size, int(samples)
-        workers = self.micro_batches * size
-        variance = float("nan")
-        if workers > 1:  # g_j is J times what worker j added to the gradient
-            sum_sq *= (workers / size * gradient_scale) ** 2
-            between = (sum_sq - workers * mean_norm_sq) / (workers - 1)
-            variance = n / workers * (max(between, 0.0) if between == between else between)
-        return GradientStatistics(
-            batch_size=n,
-            sum_norms_sq=(n - 1) * variance + n * mean_norm_sq,
-            mean_norm_sq=mean_norm_sq,
-            gradient_scale=gradient_scale,
-            workers=workers,
+        # g_j is J times what worker j added to the gradient, 1/W of what it measured.
+        sum_sq *= (self.micro_batches * gradient_scale) ** 2
+        return GradientStatistics.between_workers(
+            self.micro_batches * self.ranks.size, int(samples), sum_sq, mean_norm_sq, gradient_scale
         )

@@ -51,6 +51,14 @@ def linear_weight_grad(large: bool, device: torch.device) -> Args:
     return grad_out, torch.randn(b, positions, features, device=device), b + 3, True, True, True
 
 
+def linear_adagrad_(large: bool, device: torch.device) -> Args:
+    b, out, features = (70, 65, 530) if large else (5, 6, 3)
+    grad_out, x = torch.rand(b, out, device=device), torch.rand(b, features, device=device)
+    weight = torch.randn(out, features, device=device)
+    options = 0.1, 1e-10, 0.2, True, 0.5
+    return grad_out, x, weight, torch.rand_like(weight) + 9, b + 3, True, True, *options
+
+
 def conv_weight_grad(large: bool, device: torch.device) -> Args:
     b, size = (70, 14) if large else (4, 5)
     grad_out = torch.randn(b, 36, size, size, device=device)
@@ -97,6 +105,8 @@ def call(name: str, args: Args, where: object = torch.ops.adagrad_kernels) -> li
         found += [*copied[0], *copied[2]]
     if name == "adagrad_norm_":
         found += [*copied[0], copied[2]]
+    if name == "linear_adagrad_":
+        found += [copied[2], copied[3]]
     return found
 
 

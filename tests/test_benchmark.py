@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from adagrad_kernels import ops
-from adagrad_kernels.benchmark import add_arguments, cli, main, op_cases, step_cases
+from adagrad_kernels.benchmark import (
+    add_arguments,
+    cli,
+    main,
+    op_cases,
+    step_cases,
+    update_cases,
+)
 from adagrad_kernels.benchmark.engine import (
     Case,
     Variant,
@@ -49,7 +56,8 @@ def step(build=lambda: nn.Linear(5, 10), batch: int = 6) -> Case:
 
 TINY_CASES = {
     "sample_statistics": lambda: op_cases._sample_statistics(5, 7),
-    "adagrad_": lambda: op_cases._adagrad("tiny", [(3, 4), (5,)]),
+    "adagrad_": lambda: update_cases.adagrad("tiny", [(3, 4), (5,)]),
+    "linear_adagrad_": lambda: update_cases.linear_adagrad(4, 5, 6),
     "linear, one position": lambda: op_cases._linear(4, 1, 5, 6),
     "linear": linear,
     "conv": lambda: op_cases._conv(3, 2, 4, 3, 5, 1),
@@ -79,7 +87,8 @@ def test_cases_of_the_package_have_different_names():
     names = [case.name for case in cli.own_cases()]
     assert len(set(names)) == len(names)
     assert {name.split("/")[0] for name in names} == {
-        "sample_statistics", "adagrad_", "linear_weight_grad", "conv_weight_grad", "step",
+        "sample_statistics", "adagrad_", "linear_weight_grad", "linear_adagrad_",
+        "conv_weight_grad", "step",
     }  # fmt: skip
 
 

@@ -310,7 +310,7 @@ def test_linear_update(
         norm_sq, reductions, *others = update(g, x, w, v, *rest)
         return [norm_sq, *reductions, *others, w, v]
 
-    plain = linear_update.linear_adagrad_reference_
+    plain = reference.linear_adagrad_
     results = everything(linear_update.linear_adagrad_, g, x, w, v)
     truths, plains = everything(plain, *double([g, x, w, v])), everything(plain, g, x, w, v)
     for k, (result, truth, expected) in enumerate(zip(results, truths, plains, strict=True)):
@@ -348,6 +348,7 @@ def test_registered_functions_take_what_the_schemas_give(
         monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     p, g, sequence = [torch.ones(3)], [torch.rand(3)], (torch.randn(2, 3, 4), torch.randn(2, 3, 5))
     v = torch.ones((), dtype=torch.float64)
+    weight = torch.ones(4, 5), torch.rand(4, 5)
     rest = (True, True, True)
     arguments = {
         "sample_statistics": (torch.randn(3, 4),),
@@ -355,6 +356,7 @@ def test_registered_functions_take_what_the_schemas_give(
         "adagrad_norm_": (p, g, v, [], [0.1], 1e-10, [0.0], False, 1.0, 2),
         "grad_norm_sq": (g,),
         "linear_weight_grad": (*sequence, 2, *rest),
+        "linear_adagrad_": (*sequence, *weight, 2, True, False, 0.1, 1e-10, 0.0, False, 1.0),
         "conv_weight_grad": (*sequence, [1], [1], [0], [1], 1, 2, *rest),
         "embedding_weight_grad": (sequence[0], torch.tensor([[0, 1, 0]] * 2), 2, -1, 2, True),
         "scale_weight_grad": (*[torch.randn(2, 3, 4, 1)] * 2, None, None, 2, *rest),

@@ -89,6 +89,19 @@ def require_equal(
         raise AssertionError(f"{what}: off by {error:.3g}, at most {allowed:.3g} was expected")
 
 
+def check_results(
+    results: Callable[[], Sequence[Tensor]], plain: Any, truth: Any
+) -> Callable[[], None]:
+    """A check that compares lists of results."""
+
+    def check() -> None:
+        found = results()
+        for i, triple in enumerate(zip(found, plain, truth, strict=True)):
+            require_equal(f"result {i}", *triple)
+
+    return check
+
+
 def take_turns(
     runs: Mapping[str, Callable[[], Any]], seconds: float, least: int = 3
 ) -> dict[str, list[float]]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .engine import Case, Variant, require_equal
-
-MLP = ((1024, 784), (1024,), (1024, 1024), (1024,), (10, 1024), (10,))
-"""Parameters of the MLP 784-1024-1024-10."""
+from .engine import Case, Variant, check_results
+from .update_cases import MLP, adagrad, linear_adagrad
 
 LINEAR = (  # samples, positions, in, out
     (32, 1, 784, 1024),
@@ -39,22 +37,12 @@ def cases() -> list[Case]:
     """All of them."""
     return [
         *(_sample_statistics(b, p) for b, p in ((256, 100_000), (32, 1_000_000), (1024, 10_000))),
-        _adagrad("mlp", MLP),
-        _adagrad("10M", [(2500, 1000)] * 4),
+        adagrad("mlp", MLP),
+        adagrad("10M", [(2500, 1000)] * 4),
         *(_linear(*sizes) for sizes in LINEAR),
+        *(linear_adagrad(b, i, o) for b, positions, i, o in LINEAR if positions == 1),
         *(_conv(*sizes) for sizes in CONV),
     ]
-
-
-def _check(results: Callable[[], Sequence[Tensor]], plain: Any, truth: Any) -> Callable[[], None]:
-    """A check that compares lists of results."""
-
-    def check() -> None:
-        found = results()
-        for i, triple in enumerate(zip(found, plain, truth, strict=True)):
-            require_equal(f"result {i}", *triple)
-
-    return check
 
 
 # sample_statistics: against reading g once
@@ -79,7 +67,7 @@ def _sample_statistics(b: int, p: int) -> Case:
         return lambda x: Variant(lambda: reduce(x.g), lambda: None)
 
     def all_three(op: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[_Block], Variant]:
-        return lambda x: Variant(lambda: op(x.g), _check(lambda: op(x.g), x.plain, x.truth))
+        return lambda x: Variant(lambda: op(x.g), check_results(lambda: op(x.g), x.plain, x.truth))
 
     return Case(
         f"sample_statistics/{b}x{p}", f"g [{b}, {p}] float32", b, inputs,
@@ -93,83 +81,6 @@ def _sample_statistics(b: int, p: int) -> Case:
             "three expressions": all_three(_three_expressions),
         },
     )  # fmt: skip
-
-
-# adagrad_: against PyTorch's own update
-
-
-class _Update(NamedTuple):
-    params: list[Tensor]
-    grads: list[Tensor]
-    squares: list[Tensor]
-    plain: list[Tensor]
-    truth: list[Tensor]
-
-
-LR = 1e-3
-
-
-def _adagrad(what: str, shapes: Sequence[tuple[int, ...]]) -> Case:
-    def inputs() -> _Update:
-        random = torch.Generator().manual_seed(0)
-        params = [torch.randn(shape, generator=random) for shape in shapes]
-        grads = [torch.randn(shape, generator=random) for shape in shapes]
-        squares = [g.square() for g in grads]
-        plain = _after_one_step(params, grads)
-        truth = _after_one_step([p.double() for p in params], [g.double() for g in grads])
-        return _Update(params, grads, squares, plain, truth)
-
-    def optimizer(**options: Any) -> Callable[[_Update], Variant]:
-        def make(x: _Update) -> Variant:
-            params = [p.clone().requires_grad_() for p in x.params]
-            for p, g in zip(params, x.grads, strict=True):
-                p.grad = g
-            step = torch.optim.Adagrad(params, lr=LR, **options).step
-            return Variant(step, _check(lambda: (step(), params)[1], x.plain, x.truth))
-
-        return make
-
-    def op(update: Callable[..., Any], coordinates: bool = False) -> Callable[[_Update], Variant]:
-        def make(x: _Update) -> Variant:
-            params = [p.clone() for p in x.params]
-            sums = [torch.zeros_like(p) for p in params]
-            extra = (x.squares,) if coordinates else ()
-
-            def run() -> Any:
-                return update(params, x.grads, sums, *extra)
-
-            return Variant(run, _check(lambda: (run(), params)[1], x.plain, x.truth))
-
-        return make
-
-    def fused(params: list[Tensor], grads: list[Tensor], sums: list[Tensor]) -> None:
-        steps = [torch.tensor(0.0) for _ in params]
-        torch._fused_adagrad_(
-            params, grads, sums, steps, lr=LR, lr_decay=0.0, weight_decay=0.0, eps=1e-10,
-            maximize=False,
-        )  # fmt: skip
-
-    def ours(*tensors: list[Tensor]) -> Any:
-        return ops.adagrad_(*tensors, lr=LR)
-
-    count = sum(torch.Size(shape).numel() for shape in shapes)
-    return Case(
-        f"adagrad_/{what}", f"{count} float32 parameters in {len(shapes)} tensors", 0, inputs,
-        plain={
-            "_fused_adagrad_": op(fused),
-            "Adagrad(fused=True).step": optimizer(fused=True),
-            "Adagrad(foreach=True).step": optimizer(foreach=True),
-        },
-        variants={
-            "adagrad_ + norm": op(ours),
-            "adagrad_ + norm + coordinate test": op(ours, coordinates=True),
-        },
-    )  # fmt: skip
-
-
-def _after_one_step(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """AdaGrad's first step from an empty accumulator."""
-    return [p - LR * g / (g.square().sqrt() + 1e-10) for p, g in zip(params, grads, strict=True)]
 
 
 # linear_weight_grad and conv_weight_grad: against PyTorch's weight gradient without statistics
@@ -227,7 +138,7 @@ def _layer(
                 return found if coordinates else found[:3]
 
             count = 5 if coordinates else 3
-            return Variant(run, _check(results, x.plain[:count], x.truth[:count]))
+            return Variant(run, check_results(results, x.plain[:count], x.truth[:count]))
 
         return make
 

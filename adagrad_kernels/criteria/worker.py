@@ -16,7 +16,8 @@ class WorkerNormTest(NormTest):
         tr Σ̂ = N/J · Σ_j‖g_j − ḡ‖² / (J − 1),   then as `NormTest`
 
     A worker is one micro-batch on one process: J = M·W with M micro-batches on W processes, and
-    at least 2 or nothing is tested. Unbiased like the variance between samples, but with J − 1
+    at least 2 or nothing is tested (on one process, let the loader's max_micro_batch_size be half
+    the first batch). Unbiased like the variance between samples, but with J − 1
     instead of N − 1 degrees of freedom. No layer is observed: any model and any layer will do,
     and the plain backward pass runs, at the price of reading each gradient once more. Dimension
     0 of the first tensor that the model is called with counts the samples.
@@ -51,10 +52,7 @@ class WorkerNormTest(NormTest):
     def undecidable(self, statistics: GradientStatistics) -> str:
         """Also needs two workers."""
         if statistics.workers == 1:
-            return (
-                "one micro-batch on one process has no variance between workers: lower "
-                "max_micro_batch_size"
-            )
+            return "one micro-batch on one process has no variance between workers"
         return super().undecidable(statistics)
 
     def _compare(self, statistics: GradientStatistics) -> tuple[Comparison, ...]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..distributed import Ranks
 from . import checkpoint, report
 from .settings import LARGE_BATCH_LEARNING_RATE, LEARNING_RATES, TrainingRun
 from .training import run
@@ -57,6 +58,7 @@ def compare(
         own = folder / name
         begun = resume and (own / checkpoint.NAME).is_file()
         summaries[name] = run(settings, own, name, checkpoint_every, begun)
-    checkpoint.write_summary(folder, {"runs": summaries})
-    report.picture([folder / name for name in runs], folder / "comparison.png")
+    if Ranks().index == 0:
+        checkpoint.write_summary(folder, {"runs": summaries})
+        report.picture([folder / name for name in runs], folder / "comparison.png")
     return summaries

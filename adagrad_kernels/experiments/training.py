@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from typing import Any, TextIO
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from .. import AdaptiveDataLoader
 from ..criteria import UNBOUNDED
+from ..distributed import Ranks
 from . import checkpoint, methods, models
 from .data import Data
 from .data import load as load_data
@@ -43,6 +46,9 @@ def run(
     measured, or not finite, is null. A step whose statistics are not finite leaves the batch
     size as it is, and says so in reason.
 
+    Where `torch.distributed` is initialised, all its processes call this and train on the same
+    batches; the first one writes.
+
     Args:
         settings: what to train.
         folder: where to write; made if need be.
@@ -66,6 +72,7 @@ def run(
         checkpoint.check_settings(saved["settings"], asdict(settings), CHANGEABLE, folder)
     else:
         checkpoint.check_unused(folder, asdict(settings))
+    Ranks().barrier()  # nobody writes before all have looked
     with _threads(settings.threads or (1 if settings.dataset == "digits" else 0)):
         state = _Run(settings, load_data(settings.dataset, _path(settings.data_dir)))
         if saved is not None:
@@ -73,7 +80,8 @@ def run(
         _train(state, folder, name, checkpoint_every)
         results = state.results()
     summary = {"settings": asdict(settings), "finished": True, **results}
-    checkpoint.write_summary(folder, summary)
+    if state.writes:
+        checkpoint.write_summary(folder, summary)
     return summary
 
 
@@ -90,21 +98,29 @@ def _threads(number: int) -> Iterator[None]:
 
 def _train(state: _Run, folder: Path, name: str, checkpoint_every: int) -> None:
     settings = state.settings
-    checkpoint.make(folder)
     with (
-        checkpoint.open_log(folder, state.log_bytes) as log,
+        _open_log(state, folder) as log,
         StopAtStepEnd() as stop,
         _progress_bar(state, name) as bar,
     ):
-        checkpoint.write_summary(folder, {"settings": asdict(settings), "finished": False})
+        if state.writes:
+            checkpoint.write_summary(folder, {"settings": asdict(settings), "finished": False})
         while state.samples < settings.samples:
             state.step(log)
             state.show(bar)
-            if stop.asked or (checkpoint_every and state.steps % checkpoint_every == 0):
+            stopping = state.any_rank(stop.asked)
+            if stopping or (checkpoint_every and state.steps % checkpoint_every == 0):
                 state.save(log, folder)
-            if stop.asked:
+            if stopping:
                 raise Interrupted(folder / checkpoint.NAME)
         state.save(log, folder)
+
+
+def _open_log(state: _Run, folder: Path) -> TextIO:
+    if not state.writes:
+        return open(os.devnull, "w")
+    checkpoint.make(folder)
+    return checkpoint.open_log(folder, state.log_bytes)
 
 
 class _Run:
@@ -112,6 +128,8 @@ class _Run:
 
     def __init__(self, settings: TrainingRun, data: Data) -> None:
         self.settings = settings
+        self.ranks = Ranks()
+        self.writes = self.ranks.index == 0
         try:
             device = torch.device(settings.device)
             self.train = _to(data.train, device)
@@ -121,7 +139,9 @@ class _Run:
             raise UsageError(f"device {settings.device!r}: {first_line}") from error
         torch.manual_seed(settings.seed)
         self.model = models.build(settings.model, data.shape, data.classes).to(device)
-        self.optimizer = methods.build(settings, self.model)
+        several = self.ranks.size > 1
+        self.called = DistributedDataParallel(self.model) if several else self.model
+        self.optimizer = methods.build(settings, self.called)
         try:
             self.loader = AdaptiveDataLoader(
                 self.train, self.optimizer, settings.max_micro_batch_size, seed=settings.seed
@@ -148,13 +168,13 @@ class _Run:
         losses = []
         for _ in range(count):
             x, y = self._next()
-            loss = F.cross_entropy(self.model(x), y)
+            loss = F.cross_entropy(self.called(x), y)
             loss.backward()
             losses.append(loss.detach())
             self.optimizer.step()
             self.optimizer.zero_grad()
         assert self.optimizer.updated
-        mean_loss = sum(loss.item() for loss in losses) / count
+        mean_loss = self._mean(sum(loss.item() for loss in losses) / count)
         self.seconds += time.perf_counter() - start
         self.steps += 1
         self._smooth(mean_loss, size * count)
@@ -172,6 +192,20 @@ class _Run:
             "accuracy": self.accuracy if evaluated else None,
         }
         log.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+
+    def _sum(self, value: float) -> float:
+        """Over the processes."""
+        if self.ranks.size == 1:
+            return value
+        device = self.train.tensors[0].device
+        return self.ranks.sum_(torch.tensor(value, dtype=torch.float64, device=device)).item()
+
+    def _mean(self, value: float) -> float:
+        return self._sum(value) / self.ranks.size
+
+    def any_rank(self, value: bool) -> bool:
+        """Whether this holds on any of the processes."""
+        return bool(self._sum(value))
 
     def _next(self) -> list[Tensor]:
         """The next micro-batch of the endless stream; the loader's own end is the epoch's."""
@@ -220,6 +254,8 @@ class _Run:
 
     def save(self, log: TextIO, folder: Path) -> None:
         """Writes the checkpoint, and before it what the log still holds back."""
+        if not self.writes:
+            return
         state = {
             "settings": asdict(self.settings),
             "model": self.model.state_dict(),
@@ -276,7 +312,7 @@ def _progress_bar(state: _Run, name: str) -> tqdm[Any]:
         unit=" samples",
         unit_scale=True,
         dynamic_ncols=True,
-        disable=None,  # where nobody watches: the output is a file
+        disable=None if state.writes else True,  # None: where nobody watches, into a file
     )
 
 

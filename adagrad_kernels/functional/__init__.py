@@ -16,7 +16,7 @@ Arguments that all functions share:
     call: who is told of the backward pass, see `Call`.
 """
 
-from ._call import NOBODY, Call, CallListener, listen
+from ._call import NOBODY, Call, CallListener, WeightUpdate, listen
 from .conv import conv, conv_transpose
 from .embedding import embedding
 from .linear import linear
@@ -26,6 +26,7 @@ __all__ = [
     "NOBODY",
     "Call",
     "CallListener",
+    "WeightUpdate",
     "batch_norm",
     "conv",
     "conv_transpose",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ class CallListener(Protocol):
 
     def called(self, call: Call, saved: tuple[Tensor, ...]) -> None:
         """This call took part; `saved` are its operands, the samples in dim 0, grad_out last."""
+
+
+class WeightUpdate(Protocol):
+    """Updates a weight in the backward pass of its layer, instead of returning its gradient."""
+
+    def takes(self, call: Call, edge: Any) -> bool:
+        """Whether to do so in the present pass; `edge` is where the gradient would go."""
+        ...
+
+    def __call__(
+        self, grad_out: Tensor, input: Tensor, capacity: int, bias: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Updates the weight; the gradient of the bias ([0] if not wanted), and the probe's."""
+        ...
 
 
 class Call(NamedTuple):

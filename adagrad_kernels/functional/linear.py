@@ -10,6 +10,7 @@ from .. import ops
 from ._call import (
     NOBODY,
     Call,
+    WeightUpdate,
     as_grad,
     autocast,
     check_probe,
@@ -21,20 +22,26 @@ from ._call import (
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call):
+    def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, update):
         ctx.save_for_backward(x, weight, bias, probe)
-        ctx.call = call
+        ctx.call, ctx.update = call, update
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_out):
         refuse_double_backward()
         x, weight, bias, probe = ctx.saved_tensors
-        need_x, need_w, need_b, _, need_ws, need_bs, _ = ctx.needs_input_grad
+        need_x, need_w, need_b, _, need_ws, need_bs, *_ = ctx.needs_input_grad
         tell(ctx.call, x, grad_out)
         grad_x = grad_out.matmul(weight) if need_x else None
+        coordinates = need_ws or need_bs
+        update = ctx.update if need_w and not coordinates else None
+        if update is not None and update.takes(ctx.call, ctx.next_functions[1][0]):
+            grad_b, grad_p = update(grad_out, x, probe.shape[1], need_b)
+            grad_b, grad_p = as_grad(grad_b, bias, need_b), counted(grad_p, probe, ctx.call)
+            return grad_x, None, grad_b, grad_p, None, None, None, None
         grad_w, grad_b, grad_p, sums_w, sums_b = ops.linear_weight_grad(
-            grad_out, x, probe.shape[1], need_w, need_b, need_ws or need_bs
+            grad_out, x, probe.shape[1], need_w, need_b, coordinates
         )
         return (
             grad_x,
@@ -43,6 +50,7 @@ class _Linear(torch.autograd.Function):
             counted(grad_p, probe, ctx.call),
             sums_w if need_ws else None,
             sums_b if need_bs else None,
+            None,
             None,
         )
 
@@ -55,6 +63,7 @@ def linear(
     weight_probe: Tensor | None = None,
     bias_probe: Tensor | None = None,
     call: Call = NOBODY,
+    update: WeightUpdate | None = None,
 ) -> Tensor:
     """`torch.nn.functional.linear` that measures: y = x Wᵀ + bias.
 
@@ -66,6 +75,7 @@ def linear(
         weight_probe: as there.
         bias_probe: as there.
         call: as there.
+        update: may update the weight in the backward pass, which then returns no gradient of it.
 
     Raises:
         ValueError: an input of one dimension, or more samples than the probe has columns.
@@ -84,4 +94,4 @@ def linear(
         )
     check_probe(x.shape[0], probe, "linear")
     x_, weight_, bias_ = autocast(x, weight, bias)
-    return _Linear.apply(x_, weight_, bias_, probe, weight_probe, bias_probe, call)  # type: ignore[return-value]
+    return _Linear.apply(x_, weight_, bias_, probe, weight_probe, bias_probe, call, update)  # type: ignore[return-value]

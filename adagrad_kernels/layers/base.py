@@ -88,6 +88,17 @@ class ObservedLayer:
         of = self.coordinate_probes()
         return probe, of.get("weight"), of.get("bias"), call
 
+    def weight_update(self, weight: Tensor) -> functional.WeightUpdate | None:
+        """What may update the weight during the backward pass (eager mode)."""
+        updater = self._observer.updater
+        if updater is None or torch.compiler.is_compiling():
+            return None
+        return updater.update_of(self, weight)
+
+    def used_once(self, call: functional.Call) -> bool:
+        """Whether the layer's parameters get gradient from this call alone."""
+        return self._observer.used_once(self, call)
+
     # What is computed after the backward pass, from the operands of a call (eager mode): inner
     # products, and the cross terms of parameters that are used more than once.
 

@@ -21,7 +21,11 @@ class ObservedLinear(ObservedLayer, nn.Linear):
         """y = x Wᵀ + bias."""
         if not self.measures():
             return super().forward(input)
-        return functional.linear(input, self.weight, self.bias, *self.probes(input))
+        probe, weight_probe, bias_probe, call = self.probes(input)
+        update = self.weight_update(self.weight)
+        return functional.linear(
+            input, self.weight, self.bias, probe, weight_probe, bias_probe, call, update
+        )
 
     def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
         """See `ObservedLayer`."""

@@ -3,5 +3,6 @@
 from .adadagrad import AdAdaGrad
 from .adadagrad_norm import AdAdaGradNorm
 from .adaptive_batch import AdaptiveBatch
+from .local import LocalAdaptiveBatch
 
-__all__ = ["AdAdaGrad", "AdAdaGradNorm", "AdaptiveBatch"]
+__all__ = ["AdAdaGrad", "AdAdaGradNorm", "AdaptiveBatch", "LocalAdaptiveBatch"]

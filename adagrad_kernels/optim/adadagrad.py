@@ -12,6 +12,8 @@ from .. import ops
 from ..criteria import Criterion
 from ..distributed import local
 from .base import AdaptiveAdagrad, Updated, Work, pooled_reductions
+from .cycled import LossScale
+from .in_backward import InBackward, Options, check_supported
 
 
 class AdAdaGrad(AdaptiveAdagrad):
@@ -48,8 +50,21 @@ class AdAdaGrad(AdaptiveAdagrad):
         maximize: ascend.
         params: parameter groups as in torch, if not all parameters are alike; together they must
             hold every trainable parameter of the model.
+        max_grad_norm: clips ḡ: d is made of ḡ · min(1, max_grad_norm/(‖ḡ‖ + 1e-6)) instead, ‖ḡ‖
+            the norm over all parameters, as by `torch.nn.utils.clip_grad_norm_`. Statistics and
+            tests stay those of ḡ itself. Reads the gradients once more. Do not clip by hand
+            between `backward` and `step`: ‖ḡ‖ would be that of the clipped gradient, Σ‖g_i‖²
+            not. Not part of the state.
+        update: "after_backward", in `step`; or "in_backward": from the second batch on, weights
+            change during `backward()`, each as soon as its gradient is there (for linear layers in
+            the kernel that forms it), and no gradient outlives its layer's backward pass; `step`
+            then only tests. The same weights; faster where a step is bound by memory. For one
+            process, batches of one backward pass, eager models, criteria that look at norms, and
+            without a GradScaler. After `backward()` has raised, some weights may have changed.
         **controller: `growth_limit`, `lr_policy` and the other options of
-            `BatchSizeController`, and `fallback` and `process_group` of `observe`.
+            `BatchSizeController`, `fallback` and `process_group` of `observe`, and
+            `observe_layers`, its `layers`: the test then looks at these layers' gradients only,
+            while all parameters are updated.
 
     Raises:
         ValueError: arguments out of range, or what `observe` raises.
@@ -66,6 +81,8 @@ class AdAdaGrad(AdaptiveAdagrad):
         8
     """
 
+    _in_backward: InBackward | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -80,8 +97,12 @@ class AdAdaGrad(AdaptiveAdagrad):
         maximize: bool = False,
         *,
         params: Iterable[Any] | None = None,
+        max_grad_norm: float | None = None,
+        update: str = "after_backward",
         **controller: Any,
     ) -> None:
+        if update not in ("after_backward", "in_backward"):
+            raise ValueError(f'update must be "after_backward" or "in_backward", got {update!r}')
         defaults = {
             "lr_decay": lr_decay,
             "eps": eps,
@@ -90,11 +111,59 @@ class AdAdaGrad(AdaptiveAdagrad):
             "maximize": maximize,
         }
         super().__init__(
-            model, lr, criterion, batch_size, max_batch_size, params, controller, defaults
-        )
+            model, lr, criterion, batch_size, max_batch_size, params, controller, defaults,
+            max_grad_norm,
+        )  # fmt: skip
         for group in self.param_groups:
             for p in group["params"]:
                 self._init_state(p, group)
+        if update == "in_backward":
+            try:
+                check_supported(self, model)
+            except ValueError:
+                self.cycle.observer.detach()
+                raise
+            self._in_backward = InBackward(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the parameters must be the model's, for example unfrozen ones."""
+        super().add_param_group(param_group)
+        if self._in_backward is not None:
+            self._in_backward.watch(self.param_groups[-1]["params"])
+
+    def _given_loss_scale(self) -> LossScale | None:
+        loss_scale = super()._given_loss_scale()
+        if loss_scale is not None and self._in_backward is not None:
+            raise RuntimeError(
+                'update="in_backward" cannot take a loss scale out of the gradients: use '
+                'update="after_backward" with a GradScaler, or bfloat16 without one'
+            )
+        return loss_scale
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch, but does nothing while a batch is being accumulated."""
+        if self._in_backward is not None:
+            self._in_backward.forget()
+        super().zero_grad(set_to_none)
+
+    def _apply(self) -> tuple[list[Tensor], float, Updated]:
+        if self._in_backward is None:
+            return super()._apply()
+        if self._in_backward.active:
+            return self._in_backward.take()
+        self._in_backward.check_first(self.cycle.observer.micro_batches)
+        found = super()._apply()
+        self._in_backward.activate()
+        return found
+
+    def update_options(self, p: Tensor, group: dict[str, Any]) -> Options:
+        """For an update during the backward pass."""
+        state = self._init_state(p, group)
+        rate = self._rate(group, state)
+        return Options(
+            state["sum"], state["step"], rate,
+            group["eps"], float(group["weight_decay"]), group["maximize"],
+        )  # fmt: skip
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[p]

@@ -53,12 +53,18 @@ class AdAdaGradNorm(AdaptiveAdagrad):
         maximize: bool = False,
         *,
         params: Iterable[Any] | None = None,
+        max_grad_norm: float | None = None,
         **controller: Any,
     ) -> None:
         if not initial_accumulator_value > 0:
             raise ValueError(
                 "AdAdaGradNorm: initial_accumulator_value must be positive, got "
                 f"{initial_accumulator_value}"
+            )
+        if controller.pop("update", "after_backward") != "after_backward":
+            raise ValueError(
+                "AdAdaGradNorm cannot update during the backward pass: each weight's step needs "
+                "the norm of the whole gradient"
             )
         defaults = {
             "lr_decay": lr_decay,
@@ -69,8 +75,9 @@ class AdAdaGradNorm(AdaptiveAdagrad):
         }
         self.accumulator = torch.tensor(initial_accumulator_value, dtype=torch.float64)
         super().__init__(
-            model, lr, criterion, batch_size, max_batch_size, params, controller, defaults
-        )
+            model, lr, criterion, batch_size, max_batch_size, params, controller, defaults,
+            max_grad_norm,
+        )  # fmt: skip
         self.accumulator = self.accumulator.to(self.param_groups[0]["params"][0].device)
         for group in self.param_groups:
             for p in group["params"]:
@@ -78,12 +85,11 @@ class AdAdaGradNorm(AdaptiveAdagrad):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; eps and maximize must be those of the other groups."""
-        super().add_param_group(param_group)
-        first, last = self.param_groups[0], self.param_groups[-1]
         for name in ("eps", "maximize"):
-            if first[name] != last[name]:
-                self.param_groups.pop()
+            value = param_group.get(name, self.defaults[name])
+            if any(group[name] != value for group in self.param_groups[:1]):
                 raise ValueError(f"AdAdaGradNorm: {name} must be the same in all param groups")
+        super().add_param_group(param_group)
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[p]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..criteria import Criterion
+from .base import check_max_grad_norm
 from .cycle import BatchCycle
 from .cycled import Cycled
 
@@ -28,8 +29,13 @@ class AdaptiveBatch(Cycled):
         criterion: the test, `NormTest(0.1)` by default.
         batch_size: first global batch size.
         max_batch_size: its cap; equal to batch_size, the batch is fixed and only measured.
+        max_grad_norm: clips the mean gradient for the inner optimizer by
+            `torch.nn.utils.clip_grad_norm_`; the test looks at the gradient before. Do not clip
+            by hand between `backward` and `step`.
         **controller: `growth_limit`, `lr_policy` and the other options of
-            `BatchSizeController`, and `fallback` and `process_group` of `observe`.
+            `BatchSizeController`, `fallback` and `process_group` of `observe`, and
+            `observe_layers`, its `layers`: the test then looks at these layers' gradients only,
+            while all parameters are updated.
 
     Attributes:
         optimizer: the inner optimizer.
@@ -51,8 +57,12 @@ class AdaptiveBatch(Cycled):
         criterion: Criterion | None = None,
         batch_size: int = 8,
         max_batch_size: int = 60000,
+        *,
+        max_grad_norm: float | None = None,
         **controller: Any,
     ) -> None:
+        check_max_grad_norm(type(self).__name__, max_grad_norm)
+        self.max_grad_norm = max_grad_norm
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
         if criterion is not None and "accumulators" in criterion.needs:
@@ -82,9 +92,11 @@ class AdaptiveBatch(Cycled):
             return result
         factor, scale = self.cycle.controller.lr_factor, self.cycle.gradient_scale
         self.cycle.finish(lr=float(self.param_groups[0]["lr"]) * factor)
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         if scale != 1:
-            grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-            torch._foreach_mul_(grads, scale)  # also takes a loss scale out
+            torch._foreach_mul_([p.grad for p in params], scale)  # also takes a loss scale out
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(params, self.max_grad_norm)
         self._inner_step(factor)
         return result
 

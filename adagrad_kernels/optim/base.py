@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,6 +32,12 @@ Updated = tuple[Tensor, Tensor | None]
 """This rank's share of ‖ḡ‖², and the reductions of the coordinate-wise tests if there are any."""
 
 
+def check_max_grad_norm(owner: str, max_grad_norm: float | None) -> None:
+    """Raises ValueError if it is not positive."""
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"{owner}: max_grad_norm must be positive, got {max_grad_norm}")
+
+
 def pooled_reductions(parts: list[Tensor]) -> Tensor | None:
     """Those of several calls of `ops.adagrad_` as one; None if any of them had no sums."""
     if not all(part.numel() for part in parts):
@@ -56,8 +63,11 @@ class AdaptiveAdagrad(Cycled, Optimizer):
         params: Iterable[Any] | None,
         controller_options: dict[str, Any],
         defaults: dict[str, Any],
+        max_grad_norm: float | None,
     ) -> None:
         self._check_options({"lr": lr, **defaults})
+        check_max_grad_norm(type(self).__name__, max_grad_norm)
+        self.max_grad_norm = max_grad_norm
         # The remaining keys are torch.optim.Adagrad's, so that param_groups fit it.
         torch_keys = {"foreach": None, "differentiable": False, "fused": None}
         self.cycle = BatchCycle(model, criterion, batch_size, max_batch_size, **controller_options)
@@ -87,6 +97,9 @@ class AdaptiveAdagrad(Cycled, Optimizer):
                     f"the param group holds a parameter of shape {list(p.shape)} that does not "
                     "belong to the model"
                 )
+        if self.state:  # not while __init__ adds the first groups
+            for p in self.param_groups[-1]["params"]:
+                self._init_state(p, self.param_groups[-1])
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -114,28 +127,36 @@ class AdaptiveAdagrad(Cycled, Optimizer):
             with torch.enable_grad():
                 loss = result = closure()
         if self.cycle.complete(self.param_groups, loss, self._given_loss_scale()):
-            scale = self.cycle.gradient_scale
-            work = list(self._work())
-            norm_sq, reductions = self._update(work, scale)
+            params, lr, (norm_sq, reductions) = self._apply()
             accumulators = None
             if "accumulators" in self.cycle.criterion.needs:
-                sums = {id(w.param): w.state["sum"] for w in work}
+                sums = {id(p): self.state[p]["sum"] for p in params}
                 named = self.cycle.observer.parameters()
                 accumulators = {name: sums[id(p)] for name, p in named if id(p) in sums}
-            self.cycle.finish(norm_sq, work[0].lr, accumulators, reductions)
+            self.cycle.finish(norm_sq, lr, accumulators, reductions)
         return result
 
+    def _apply(self) -> tuple[list[Tensor], float, Updated]:
+        """Updates; returns the parameters, lr_k of the first one, and what `_update` returns."""
+        work = list(self._work())
+        update = self._update if self.max_grad_norm is None else self._clipped_update
+        found = update(work, self.cycle.gradient_scale)
+        return [w.param for w in work], work[0].lr, found
+
+    def _rate(self, group: dict[str, Any], state: dict[str, Any]) -> float:
+        """lr_k of a parameter."""
+        rate = float(group["lr"]) * self.cycle.controller.lr_factor
+        if group["lr_decay"]:
+            rate /= 1 + float(state["step"]) * group["lr_decay"]
+        return rate
+
     def _work(self) -> Iterator[Work]:
-        factor = self.cycle.controller.lr_factor
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None or not p.requires_grad:
                     continue  # frozen: an old gradient is not followed
                 state = self._init_state(p, group)
-                rate = float(group["lr"]) * factor
-                if group["lr_decay"]:
-                    rate /= 1 + float(state["step"]) * group["lr_decay"]
-                yield Work(group, p, p.grad, state, rate)
+                yield Work(group, p, p.grad, state, self._rate(group, state))
 
     def _coordinate_sums(self, work: list[Work]) -> list[Tensor]:
         """Σ_i c_i² for the update's kernel, where the coming test looks at coordinates."""
@@ -156,6 +177,19 @@ class AdaptiveAdagrad(Cycled, Optimizer):
     def _update(self, work: list[Work], gradient_scale: float) -> Updated:
         """Updates the parameters and returns what the kernel has found out on the way."""
         raise NotImplementedError
+
+    def _clipped_update(self, work: list[Work], gradient_scale: float) -> Updated:
+        """The update by ḡ · min(1, max_grad_norm/‖ḡ‖); what is returned is that of ḡ itself."""
+        assert self.max_grad_norm is not None
+        share = self.ranks.norm_sq([w.grad for w in work]) * gradient_scale**2
+        norm = math.sqrt(self.ranks.sum_(share.clone()).item())
+        factor = self.max_grad_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+        if factor >= 1:
+            return self._update(work, gradient_scale)
+        _, reductions = self._update(work, gradient_scale * factor)
+        if reductions is not None:
+            reductions[[0, 2, 3]] /= factor**2  # max_j var_j/ḡ_j² is the same
+        return share, reductions
 
     def state_dict(self) -> dict[str, Any]:
         """torch's dictionary, and under "adaptive" the batch size and its history."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ class BatchCycle:
         max_batch_size: its cap.
         fallback: see `observe`.
         process_group: see `observe`.
+        observe_layers: see `layers` of `observe`.
         options: further arguments of `BatchSizeController`.
     """
 
@@ -48,6 +49,7 @@ class BatchCycle:
         max_batch_size: int,
         fallback: str = "error",
         process_group: Group | None = None,
+        observe_layers: Iterable[str | nn.Module] | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -60,6 +62,8 @@ class BatchCycle:
         stateful = isinstance(self.criterion, StatefulCriterion)
         self._memory = cast(StatefulCriterion, self.criterion) if stateful else None
         self.observer: Observer | WorkerObserver
+        if observe_layers is not None and self.criterion.needs & {"workers", "loss"}:
+            raise ValueError(f"{self.criterion!r} needs all layers: leave observe_layers out")
         if "workers" in self.criterion.needs:
             self.observer = WorkerObserver(model, process_group)
         else:
@@ -69,6 +73,7 @@ class BatchCycle:
                 inner_products="inner_products" in self.criterion.needs,
                 fallback=fallback,
                 process_group=process_group,
+                layers=observe_layers,
             )
         self.ranks = self.observer.ranks
         if is_data_parallel(model):
@@ -76,10 +81,12 @@ class BatchCycle:
         self.statistics: GradientStatistics | None = None
         self.decision: Decision | None = None
         self.updated = False
+        self.updated_in_backward = False  # whether that leaves no gradients for step()
         self._counted = 0
         self._losses: list[Tensor] = []
         self._loss_scales: list[LossScale] = []
         self._loss_scale = 1.0
+        self._scaler_possible = True  # until a step without one
         self._measured: GradientStatistics | None = None
         self._zeroed = True
         self._last_grad: weakref.ref[Tensor] | None = None
@@ -109,10 +116,14 @@ class BatchCycle:
             )
 
     def _average_in_last_micro_batch(self, model: nn.Module, _: Any) -> None:
-        """What `no_sync()` is for, without the user's having to know the last micro-batch."""
+        """What `no_sync()` is for, without the user's having to know the last micro-batch.
+
+        With a GradScaler they average in each: all of them must see an overflow to lower their
+        scales together.
+        """
         if torch.is_grad_enabled():
             last = self._counted + 1 >= self.controller.micro_batches()[1]
-            model.require_backward_grad_sync = last  # type: ignore[assignment]
+            model.require_backward_grad_sync = last or self._scaler_possible  # type: ignore[assignment]
 
     def complete(
         self,
@@ -137,6 +148,8 @@ class BatchCycle:
         try:
             self._count_loss(loss, observer.micro_batches - self._counted)
             observer.check()
+            if loss_scale is None and isinstance(observer, Observer):  # a GradScaler writes to them
+                observer.check_unchanged()
             rows = observer.rows()
             if rows[-1] != rows[0]:
                 raise RuntimeError(
@@ -145,6 +158,7 @@ class BatchCycle:
                     "different weights. Use AdaptiveDataLoader, or drop_last=True"
                 )
             self._counted = observer.micro_batches
+            self._scaler_possible = loss_scale is not None
             if loss_scale is not None:
                 self._loss_scales.append(loss_scale)
             if sum(rows) * self.ranks.size < self.controller.batch_size:
@@ -185,7 +199,10 @@ class BatchCycle:
     def _check_followed(self, groups: Sequence[Mapping[str, Any]]) -> None:
         held = {id(p) for group in groups for p in group["params"]}
         gradients = False
-        for name, p in self.observer.parameters():
+        named = self.observer.parameters()
+        if self._partial:
+            named = self.observer.model.named_parameters()
+        for name, p in named:
             if p.grad is None:
                 continue
             gradients = True
@@ -199,8 +216,12 @@ class BatchCycle:
                     f"parameter {name!r} has a sparse gradient, which is not supported: build its "
                     "layer with sparse=False"
                 )
-        if not gradients:
+        if not gradients and not self.updated_in_backward:
             raise RuntimeError("step() without gradients: they were cleared after backward()")
+
+    @property
+    def _partial(self) -> bool:
+        return isinstance(self.observer, Observer) and self.observer.partial
 
     @property
     def gradient_scale(self) -> float:
@@ -229,6 +250,8 @@ class BatchCycle:
             if controller.due:
                 statistics = self._measured
                 if statistics is None:
+                    if self._partial:  # the update has seen all parameters
+                        grad_norm_sq = reductions = None
                     known = () if reductions is None else (reductions,)
                     scale = self.gradient_scale
                     statistics = self.observer.statistics(grad_norm_sq, scale, *known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..batch_size import BatchSizeController
 from ..criteria import Decision
 from ..distributed import Ranks
+from ..observer import Observer
 from ..statistics import GradientStatistics
 from .cycle import BatchCycle, LossScale
 
@@ -47,6 +48,11 @@ class Cycled:
     def ranks(self) -> Ranks:
         """The processes that share a step; loaders take it."""
         return self.cycle.ranks
+
+    def reserve(self, samples: int) -> None:
+        """Makes room for micro-batches of this size, for compiled models; loaders call it."""
+        if isinstance(self.cycle.observer, Observer):
+            self.cycle.observer.reserve(samples)
 
     @property
     def statistics(self) -> GradientStatistics | None:

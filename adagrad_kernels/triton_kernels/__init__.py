@@ -24,6 +24,7 @@ FAMILIES = {
     "adagrad_norm_": "adagrad",
     "grad_norm_sq": "adagrad",
     "linear_weight_grad": "linear",
+    "linear_adagrad_": "linear_update",
     "conv_weight_grad": "conv",
     "embedding_weight_grad": "embedding",
     "scale_weight_grad": "norm",

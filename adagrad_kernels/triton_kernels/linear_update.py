@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
 from . import common
 from .adagrad import adagrad_block, pool_terms, store_terms, variance_block, variance_factors
 from .linear import bias_grad, direct_tile, operands, outer_norms, outer_tile
@@ -135,28 +134,3 @@ def linear_adagrad_(
         probe = common.pool_norms(partials, samples, capacity)
     terms = pool_terms(table, 5 if coordinates else 1)
     return terms[0].clone(), terms[1:].clone(), grad_bias, probe, squares, bias_sums
-
-
-def linear_adagrad_reference_(
-    grad_out: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    sum: Tensor,
-    capacity: int,
-    bias: bool,
-    coordinates: bool,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    grad_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same in plain PyTorch, in two steps."""
-    grad, grad_bias, probe, squares, bias_sums = reference.linear_weight_grad(
-        grad_out, input, capacity, True, bias, coordinates
-    )
-    norm, reductions = reference.adagrad_(
-        [weight], [grad], [sum], [squares] if coordinates else [],
-        lr, eps, weight_decay, maximize, grad_scale, grad_out.shape[0],
-    )  # fmt: skip
-    return norm, reductions, grad_bias, probe, squares, bias_sums

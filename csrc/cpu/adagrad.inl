@@ -59,8 +59,10 @@ ADAGRAD_KERNELS_INLINE AdagradReductions update(T* __restrict__ param, const T* 
   const T scale = static_cast<T>(o.maximize ? -o.grad_scale : o.grad_scale);
   AdagradReductions out;
   T denominators[kBlock];
-  for (int64_t first = 0; first < n; first += kBlock) {
-    const int64_t size = n - first < kBlock ? n - first : kBlock;
+  // Sums of few elements are exact enough even where they are not added up in many lanes.
+  const int64_t block = coordinate_sums ? kBlock : kBlock / 4;
+  for (int64_t first = 0; first < n; first += block) {
+    const int64_t size = n - first < block ? n - first : block;
     T* p = param + first;
     T* v = sum + first;
     const T* d = grad + first;

@@ -65,6 +65,25 @@ template <class T>
 void outer_panel_range(const Outer<T>& a, const T* packed, int64_t panel, int64_t first,
                        int64_t last, T* scratch);
 
+// linear_update.inl: AdaGrad's update of weight and sum [rows, columns] with the gradient of
+// `product` (whose grad is not used); its sums of squares are written where grad_sq is not null.
+//
+// linear_update_pack_range packs panels [first, last) of the input into packed [tiles.panels *
+// samples * tiles.width]; linear_update_range updates the rows of tiles [first, last), all columns,
+// from both packed operands. scratch [kTileScratch * (last - first)].
+constexpr int64_t kTileScratch = 1024;
+template <class T>
+struct LinearUpdate {
+  Outer<T> product;
+  T *weight, *sum;
+  AdagradOptions options;
+};
+template <class T>
+void linear_update_pack_range(const Outer<T>& a, int64_t first, int64_t last, T* packed);
+template <class T>
+AdagradReductions linear_update_range(const LinearUpdate<T>& a, const T* grad_out, const T* input,
+                                      int64_t first, int64_t last, T* scratch);
+
 // gram.inl: |sum over t of u_t v_t'|² of one sample, u [positions, nu] and v [positions, nv].
 template <class T>
 double gram_norm(const T* u, int64_t nu, const T* v, int64_t nv, int64_t positions);

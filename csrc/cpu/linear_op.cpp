@@ -1,8 +1,37 @@
+#include "run_linear_update.h"
 #include "run_weight_grad.h"
 
 namespace adagrad_kernels {
 
 namespace {
+
+struct Operands {
+  Tensor grad_out, input;  // contiguous [samples, positions, features], float or double
+  int64_t samples, positions, out_features, in_features;
+  // Whether the weight gradient is one matrix product over all positions, with norms apart.
+  bool is_product(bool coordinates) const {
+    return positions == 1 ||
+           (!coordinates && gram_is_cheaper(out_features, in_features, positions));
+  }
+};
+
+Operands operands(const char* op, const Tensor& grad_out_any, const Tensor& input_any) {
+  const Tensor grad_out = torch::stable::contiguous(as_compute(grad_out_any));
+  const Tensor input = torch::stable::contiguous(as_compute(input_any));
+  const int64_t dims = input.dim();
+  STD_TORCH_CHECK(dims >= 2 && grad_out.dim() == dims && input.size(0) == grad_out.size(0) &&
+                      input.scalar_type() == grad_out.scalar_type(),
+                  op,
+                  ": expected grad_out [b, ..., O] and input [b, ..., I] of one dtype, with the "
+                  "same leading dimensions");
+  int64_t positions = 1;
+  for (int64_t d = 1; d < dims - 1; ++d) {
+    STD_TORCH_CHECK(grad_out.size(d) == input.size(d), op,
+                    ": grad_out and input differ in dimension ", d);
+    positions *= input.size(d);
+  }
+  return {grad_out, input, input.size(0), positions, grad_out.size(dims - 1), input.size(dims - 1)};
+}
 
 // The bias gradient of a linear layer with its statistics; norms are added to.
 template <class T>
@@ -88,86 +117,127 @@ void linear_outer(const Tensor& grad_out, const Tensor& input, int64_t samples,
   }
 }
 
-template <class T>
-void linear_typed(const Tensor& grad_out, const Tensor& input, int64_t samples, int64_t positions,
-                  bool bias, const Outputs& out, const Tensor& grad_bias, const Tensor& bias_sums,
-                  const Tensor& probe) {
-  const bool weight = out.grad.numel() != 0;
-  const int64_t out_features = grad_out.size(grad_out.dim() - 1);
+// Everything but the weight gradient of a samples' matrix product, which product(positions of all
+// samples) computes in its own way; samples of more positions take the direct kernel.
+template <class T, class Product>
+void linear_typed(const Operands& in, bool weight, bool bias, const Outputs& out,
+                  const Tensor& grad_bias, const Tensor& bias_sums, const Tensor& probe,
+                  const Product& product) {
+  const T *grad_out = const_data<T>(in.grad_out), *input = const_data<T>(in.input);
+  const int64_t samples = in.samples, positions = in.positions;
   if (positions == 1) {
-    if (weight) linear_outer<T>(grad_out, input, samples, out);
+    if (weight) product(samples);
     // bias_grad adds no norms here: outer_norms_range counts the bias.
-    if (bias) bias_grad<T>(grad_out, samples, 1, grad_bias, bias_sums, nullptr);
-    const int64_t in_features = input.size(input.dim() - 1);
+    if (bias) bias_grad<T>(in.grad_out, samples, 1, grad_bias, bias_sums, nullptr);
     T* norms = data<T>(probe);
-    parallel_for(0, samples, 65536 / (1 + in_features + out_features) + 1,
+    parallel_for(0, samples, 65536 / (1 + in.in_features + in.out_features) + 1,
                  [&](int64_t begin, int64_t end) {
-                   outer_norms_range<T>(const_data<T>(grad_out), out_features,
-                                        weight ? const_data<T>(input) : nullptr, in_features, bias,
-                                        begin, end, norms);
+                   outer_norms_range<T>(grad_out, in.out_features, weight ? input : nullptr,
+                                        in.in_features, bias, begin, end, norms);
                  });
     fill_probe<T>(probe, samples, [&](int64_t i) { return norms[i]; });
     return;
   }
   std::vector<double> norms(samples, 0.0);
-  const int64_t in_features = input.size(input.dim() - 1);
-  if (weight && !out.grad_sq.numel() && gram_is_cheaper(out_features, in_features, positions)) {
-    linear_outer<T>(grad_out, input, samples * positions, out);
+  if (weight && in.is_product(out.grad_sq.numel() != 0)) {
+    product(samples * positions);
     parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        norms[i] =
-            gram_norm(const_data<T>(grad_out) + i * positions * out_features, out_features,
-                      const_data<T>(input) + i * positions * in_features, in_features, positions);
+        norms[i] = gram_norm(grad_out + i * positions * in.out_features, in.out_features,
+                             input + i * positions * in.in_features, in.in_features, positions);
       }
     });
   } else if (weight) {
-    linear_direct<T>(grad_out, input, samples, positions, out, norms);
+    linear_direct<T>(in.grad_out, in.input, samples, positions, out, norms);
   }
-  if (bias) bias_grad<T>(grad_out, samples, positions, grad_bias, bias_sums, norms.data());
+  if (bias) bias_grad<T>(in.grad_out, samples, positions, grad_bias, bias_sums, norms.data());
   fill_probe<T>(probe, samples, [&](int64_t i) { return static_cast<T>(norms[i]); });
 }
 
 }  // namespace
 
-LayerGrads linear_weight_grad_cpu(const Tensor& grad_out_any, const Tensor& input_any,
-                                  int64_t capacity, bool weight, bool bias, bool coordinates) {
-  const Tensor grad_out = torch::stable::contiguous(as_compute(grad_out_any));
-  const Tensor input = torch::stable::contiguous(as_compute(input_any));
-  const int64_t dims = input.dim();
-  STD_TORCH_CHECK(dims >= 2 && grad_out.dim() == dims && input.size(0) == grad_out.size(0) &&
-                      input.scalar_type() == grad_out.scalar_type(),
-                  "linear_weight_grad: expected grad_out [b, ..., O] and input [b, ..., I] of one "
-                  "dtype, with the same leading dimensions");
-  const int64_t samples = input.size(0), in_features = input.size(dims - 1);
-  const int64_t out_features = grad_out.size(dims - 1);
-  int64_t positions = 1;
-  for (int64_t d = 1; d < dims - 1; ++d) {
-    STD_TORCH_CHECK(grad_out.size(d) == input.size(d),
-                    "linear_weight_grad: grad_out and input differ in dimension ", d);
-    positions *= input.size(d);
-  }
-  Outputs out = {new_empty(grad_out, {0}), new_empty(grad_out, {0}), new_empty(grad_out, {0}),
-                 new_empty(grad_out, {0})};
+LayerGrads linear_weight_grad_cpu(const Tensor& grad_out, const Tensor& input, int64_t capacity,
+                                  bool weight, bool bias, bool coordinates) {
+  const Operands in = operands("linear_weight_grad", grad_out, input);
+  const Tensor& like = in.grad_out;
+  Outputs out = {new_empty(like, {0}), new_empty(like, {0}), new_empty(like, {0}),
+                 new_empty(like, {0})};
   if (weight) {
     // Without samples nothing is written.
     const auto make = [&] {
-      return samples * positions == 0 ? new_zeros(grad_out, {out_features, in_features})
-                                      : new_empty(grad_out, {out_features, in_features});
+      return in.samples * in.positions == 0 ? new_zeros(like, {in.out_features, in.in_features})
+                                            : new_empty(like, {in.out_features, in.in_features});
     };
     out.grad = make();
     if (coordinates) out.grad_sq = make();
   }
-  Tensor grad_bias = new_empty(grad_out, {bias ? out_features : 0});
-  Tensor bias_sums = new_empty(grad_out, {bias && coordinates ? out_features : 0});
-  Tensor probe = make_probe(grad_out, capacity, samples);
-  if (is_double(grad_out)) {
-    linear_typed<double>(grad_out, input, samples, positions, bias, out, grad_bias, bias_sums,
-                         probe);
-  } else {
-    linear_typed<float>(grad_out, input, samples, positions, bias, out, grad_bias, bias_sums,
-                        probe);
-  }
+  weight = out.grad.numel() != 0;
+  Tensor grad_bias = new_empty(like, {bias ? in.out_features : 0});
+  Tensor bias_sums = new_empty(like, {bias && coordinates ? in.out_features : 0});
+  Tensor probe = make_probe(like, capacity, in.samples);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    linear_typed<T>(in, weight, bias, out, grad_bias, bias_sums, probe,
+                    [&](int64_t n) { linear_outer<T>(in.grad_out, in.input, n, out); });
+  };
+  is_double(like) ? run(0.0) : run(0.0f);
   return {out.grad, grad_bias, probe, out.grad_sq, bias_sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_adagrad_cpu(
+    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& sum,
+    int64_t capacity, bool bias, bool coordinates, double lr, double eps, double weight_decay,
+    bool maximize, double grad_scale) {
+  const Operands in = operands("linear_adagrad_", grad_out, input);
+  const Tensor& like = in.grad_out;
+  for (const Tensor* t : {&weight, &sum}) {
+    STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == in.out_features &&
+                        t->size(1) == in.in_features && t->is_contiguous(),
+                    "linear_adagrad_: ", t == &sum ? "sum" : "weight",
+                    " must be a contiguous tensor [", in.out_features, ", ", in.in_features, "]");
+  }
+  STD_TORCH_CHECK(sum.scalar_type() == compute_type(weight),
+                  "linear_adagrad_: sum must be float32 (float64 where the weight is)");
+  const int64_t samples = in.samples;
+  if (weight.scalar_type() != like.scalar_type() || weight.numel() * samples * in.positions == 0 ||
+      !in.is_product(coordinates)) {
+    // Samples of many positions are bound by computation; the gradient is kept for a moment.
+    auto [grad, grad_bias, probe, weight_sums, bias_sums] =
+        linear_weight_grad_cpu(grad_out, input, capacity, true, bias, coordinates);
+    std::vector<Tensor> squares;
+    if (coordinates) squares.push_back(weight_sums);
+    auto [norm, reductions] = adagrad_cpu({weight}, {grad}, {sum}, squares, lr, eps, weight_decay,
+                                          maximize, grad_scale, samples);
+    return {norm, reductions, grad_bias, probe, weight_sums, bias_sums};
+  }
+  Outputs out = {new_empty(like, {0}), new_empty(like, {0}), new_empty(like, {0}),
+                 new_empty(like, {0})};
+  if (coordinates) out.grad_sq = new_empty(like, {in.out_features, in.in_features});
+  Tensor grad_bias = new_empty(like, {bias ? in.out_features : 0});
+  Tensor bias_sums = new_empty(like, {bias && coordinates ? in.out_features : 0});
+  Tensor probe = make_probe(like, capacity, samples);
+  const AdagradOptions options = {lr,         eps,      weight_decay,
+                                  grad_scale, maximize, static_cast<double>(samples)};
+  AdagradReductions reductions;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const auto update = [&](int64_t n) {
+      const Outer<T> product = {const_data<T>(like),
+                                const_data<T>(in.input),
+                                n,
+                                in.out_features,
+                                in.in_features,
+                                nullptr,
+                                nullptr};
+      LinearUpdate<T> a = {product, data<T>(weight), data<T>(sum), options};
+      if (coordinates) a.product.grad_sq = data<T>(out.grad_sq);
+      reductions = run_linear_update(a);
+    };
+    linear_typed<T>(in, true, bias, out, grad_bias, bias_sums, probe, update);
+  };
+  is_double(like) ? run(0.0) : run(0.0f);
+  auto [norm, four] = as_tensors(like, reductions, coordinates);
+  return {norm, four, grad_bias, probe, out.grad_sq, bias_sums};
 }
 
 }  // namespace adagrad_kernels

@@ -33,6 +33,11 @@ Tensor grad_norm_sq_cpu(const std::vector<Tensor>& tensors);
 using LayerGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 LayerGrads linear_weight_grad_cpu(const Tensor& grad_out, const Tensor& input, int64_t capacity,
                                   bool weight, bool bias, bool coordinates);
+// grad_norm_sq, reductions, grad_bias, probe, weight_sums, bias_sums
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_adagrad_cpu(
+    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& sum,
+    int64_t capacity, bool bias, bool coordinates, double lr, double eps, double weight_decay,
+    bool maximize, double grad_scale);
 LayerGrads conv_weight_grad_cpu(const Tensor& grad_out, const Tensor& input,
                                 const std::vector<int64_t>& kernel_size,
                                 const std::vector<int64_t>& stride,

@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "ops.h"
+#include "reductions.h"
 
 namespace adagrad_kernels {
 
@@ -57,15 +58,6 @@ void write_back(const std::vector<Slot>& slots) {
   }
 }
 
-void add(AdagradReductions& total, const AdagradReductions& part) {
-  total.grad_norm_sq += part.grad_norm_sq;
-  total.variance_sum += part.variance_sum;
-  total.max_ratio = std::fmax(total.max_ratio, part.max_ratio);
-  total.variance_metric += part.variance_metric;
-  total.grad_metric += part.grad_metric;
-  total.decayed_norm_sq += part.decayed_norm_sq;
-}
-
 // Runs kernel(slot, first, n) over all tensors in pieces of equal size and adds the results in
 // the order of the pieces: the same result whatever the number of threads.
 template <class Kernel>
@@ -99,21 +91,6 @@ AdagradReductions over_all(const std::vector<Slot>& slots, const Kernel& kernel)
   AdagradReductions sum;
   for (const AdagradReductions& part : parts) add(sum, part);
   return sum;
-}
-
-std::tuple<Tensor, Tensor> as_tensors(const Tensor& like, const AdagradReductions& r,
-                                      bool coordinates) {
-  Tensor grad_norm_sq = new_empty(like, {}, ScalarType::Double);
-  *data<double>(grad_norm_sq) = r.grad_norm_sq;
-  Tensor reductions = new_empty(like, {coordinates ? 4 : 0}, ScalarType::Double);
-  if (coordinates) {
-    double* out = data<double>(reductions);
-    out[0] = r.variance_sum;
-    out[1] = r.max_ratio;
-    out[2] = r.variance_metric;
-    out[3] = r.grad_metric;
-  }
-  return {grad_norm_sq, reductions};
 }
 
 template <class T>

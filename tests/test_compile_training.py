@@ -1,0 +1,115 @@
+"""Whole training runs with forward and loss compiled, batches growing."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from models import CLASSES, Transformer, cnn, cross_entropy, images, texts
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.data import TensorDataset
+from training import weights
+
+import adagrad_kernels as ak
+
+# What torch's compiler warns of while it looks at custom functions, inputs, and its own modules.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:<class .*Function'> should not be inst:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], TensorDataset]]] = {
+    "cnn": (cnn, images),
+    "transformer": (lambda: Transformer(tied=False, depth=2), texts),
+}
+UPDATES = 12
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """Nothing compiled by another test is reused."""
+    torch.compiler.reset()
+
+
+class Run(NamedTuple):
+    weights: Tensor
+    sizes: list[int]  # of the batches
+    micro_sizes: set[int]
+    graphs: int
+
+
+def train(kind: str, backend: str | None, dynamic: bool | None = None) -> Run:
+    """Trains; the forward pass and the loss are one compiled function unless backend is None."""
+    torch.manual_seed(0)
+    make, data = MODELS[kind]
+    model = make().double()
+    opt = ak.AdAdaGrad(
+        model, lr=0.02, criterion=ak.NormTest(0.5), batch_size=4, max_batch_size=96,
+        growth_limit=1.6, initial_accumulator_value=1e-2,
+    )  # fmt: skip
+    loader = ak.AdaptiveDataLoader(data(), opt, max_micro_batch_size=40)
+    counter = CompileCounterWithBackend(backend or "eager")
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(model(x), y)
+
+    loss_fn = loss_of
+    if backend is not None:
+        loss_fn = torch.compile(loss_of, fullgraph=True, backend=counter, dynamic=dynamic)
+    sizes, micro_sizes = [], set()
+    while True:
+        for x, y in loader:
+            loss_fn(x.double() if x.is_floating_point() else x, y).backward()
+            micro_sizes.add(len(x))
+            opt.step(), opt.zero_grad()
+            if opt.updated:
+                sizes.append(opt.statistics.batch_size)
+            if len(sizes) == UPDATES:
+                return Run(weights(model), sizes, micro_sizes, counter.frame_count)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_same_run_as_in_eager_mode_with_few_graphs(kind: str) -> None:
+    eager = train(kind, None)
+    compiled = train(kind, "aot_eager")
+    assert compiled.sizes == eager.sizes
+    torch.testing.assert_close(compiled.weights, eager.weights, rtol=1e-9, atol=1e-11)
+    assert len(compiled.micro_sizes) >= 6
+    assert compiled.sizes[-1] > 40  # several micro-batches
+    # One for the first size and one for any; torch's convolution may split it by algorithm.
+    assert 1 <= compiled.graphs <= 3
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    """Told at once that sizes change, it compiles once."""
+    eager = train("cnn", None)
+    compiled = train("cnn", "inductor", dynamic=True)
+    assert compiled.sizes == eager.sizes
+    torch.testing.assert_close(compiled.weights, eager.weights, rtol=1e-9, atol=1e-11)
+    assert compiled.graphs == 1
+
+
+def test_the_loader_makes_room_before_anything_is_compiled() -> None:
+    """A compiled graph cannot enlarge the probe that its samples' norms go into."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, CLASSES))
+    opt = ak.AdAdaGrad(model, batch_size=4, max_batch_size=3000)
+    probe = opt.cycle.observer.probe
+    micro = probe.shape[1] + 100
+    ak.AdaptiveDataLoader(images(), opt, max_micro_batch_size=probe.shape[1])
+    assert opt.cycle.observer.probe is probe  # room enough
+    loader = ak.AdaptiveDataLoader(images(), opt, max_micro_batch_size=micro)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    opt.controller.batch_size = micro
+    x, y = next(iter(loader))
+    assert len(x) == micro
+    cross_entropy(compiled(x), y).backward()
+    opt.step()
+    assert opt.statistics.batch_size == micro
+
+    small = ak.AdAdaGrad(nn.Linear(2, 1), batch_size=4, max_batch_size=8)
+    before = small.cycle.observer.probe
+    ak.AdaptiveDataLoader(images(), small, max_micro_batch_size=micro)
+    assert small.cycle.observer.probe is before  # batches never get that large
