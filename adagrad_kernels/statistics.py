@@ -39,10 +39,14 @@ class LazyCoordinates(Mapping[str, Tensor]):
         self._compute: Callable[[], dict[str, Tensor]] | None = compute
         self._values: dict[str, Tensor] = {}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def keep(self) -> None:
+        """Computes them now, before the gradients that they come from are written to."""
         if self._compute is not None:
             self._values = self._compute()
             self._compute = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.keep()
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -131,6 +135,12 @@ class GradientStatistics:
             gradient_scale=gradient_scale,
             workers=workers,
         )
+
+    def keep_coordinates(self) -> None:
+        """Makes means and variances independent of the gradients, if they are not yet."""
+        for coordinates in (self.coordinate_mean, self.coordinate_variance):
+            if isinstance(coordinates, LazyCoordinates):
+                coordinates.keep()
 
     @property
     def variance(self) -> float:

@@ -174,3 +174,21 @@ class TestTraining:
         truth = per_sample(model, F.mse_loss, x, y)
         train(model, opt, [(x, y)])
         torch.testing.assert_close(opt.statistics.inner_products, truth.inner_products)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_coordinates_outlive_zero_grad(set_to_none: bool) -> None:
+    model = network()
+    opt = ak.AdAdaGrad(model, 0.1, ak.CoordinateNormTest(0.5), batch_size=12, max_batch_size=12)
+    x, y = batches(1, 12)[0]
+    truth = per_sample(model, F.mse_loss, x, y)
+    F.mse_loss(model(x), y).backward()
+    opt.step()
+    opt.zero_grad(set_to_none)
+    s = opt.statistics
+    assert s is not None
+    assert s.coordinate_reductions is not None
+    torch.testing.assert_close(
+        dict(s.coordinate_variance or {}), truth.by_parameter(truth.coordinate_variance)
+    )
+    torch.testing.assert_close(dict(s.coordinate_mean or {}), truth.by_parameter(truth.mean))

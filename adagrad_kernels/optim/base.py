@@ -168,6 +168,8 @@ class AdaptiveAdagrad(Cycled, Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch, but does nothing while a batch is being accumulated."""
         if self.cycle.may_zero():
+            if not set_to_none and self.statistics is not None:
+                self.statistics.keep_coordinates()
             super().zero_grad(set_to_none)
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,261 @@
+"""What the backward passes of a model tell: probes, calls, micro-batches, faults."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import Ranks
+from .functional import Call, WeightUpdate
+from .layers import ObservedLayer
+from .selfcheck import unexplained
+from .shared import ObservedCall, cross_terms, repeated_uses
+
+
+class Updater(Protocol):
+    """Updates parameters during the backward pass, see `optim.in_backward`."""
+
+    def called(self, samples: int) -> None:
+        """A layer call with so many samples takes part in the present backward pass."""
+        ...
+
+    def update_of(self, layer: ObservedLayer, weight: Tensor) -> WeightUpdate:
+        """What may update the weight of a coming call."""
+        ...
+
+    def remove(self) -> None:
+        """The model is observed no longer."""
+        ...
+
+
+class Recorder:
+    """Records backward passes; the part of an `Observer` that the layers talk to.
+
+    One persistent tensor of zeros, the probe, is an input of every observed call; autograd sums
+    its gradient over the layers. A hook on the probe takes the finished gradient away once a
+    backward pass, so each pass is one micro-batch of its own.
+
+    Args:
+        names: of the model's parameters.
+        tied: layers that share a parameter with another one.
+        ranks: the processes that average their gradients.
+        coordinates: whether coordinate sums are measured.
+        inner_products: whether the operands of the last micro-batch are kept.
+    """
+
+    def __init__(
+        self,
+        names: dict[nn.Parameter, str],
+        tied: set[ObservedLayer],
+        ranks: Ranks,
+        coordinates: bool,
+        inner_products: bool,
+    ) -> None:
+        self.ranks = ranks
+        self.coordinates = coordinates
+        self.inner_products = inner_products
+        self._names, self._tied = names, tied
+        double = any(p.dtype == torch.float64 for p in names)
+        self._dtype = torch.float64 if double else torch.float32
+        self.probe = torch.empty(0)
+        self._make_probe(1024, next(iter(names)).device)
+        self._coordinate_probes: dict[nn.Parameter, Tensor] = {}
+        self._calling: Counter[int] = Counter()
+        self._calls: list[ObservedCall] = []
+        self._unexplained = True
+        self._to_explain: tuple[list[ObservedCall], Tensor] | None = None
+        self._had_grads = False
+        self.updater: Updater | None = None
+        self._task = -1  # the backward pass that _calls belong to
+        self._forget()
+
+    def _forget(self) -> None:
+        self._micro_batches: list[tuple[Tensor, int | None]] = []
+        self._last_calls: list[ObservedCall] = []
+        self._faults: list[str] = []
+        self._noted: tuple[weakref.ref[Tensor], int] | None = None
+        self._seen: set[str] = set()
+        self._last_seen: set[str] = set()
+        self._eager_calls = 0
+        self._cross_sums: dict[nn.Parameter, Tensor] = {}
+
+    def _make_probe(self, capacity: int, device: torch.device) -> None:
+        shape = (2, capacity)
+        self.probe = torch.zeros(shape, dtype=self._dtype, device=device, requires_grad=True)
+        self.probe.register_post_accumulate_grad_hook(self._collect)
+
+    def reserve(self, samples: int) -> None:
+        """Makes room for micro-batches of this size (needed before compiling a larger one)."""
+        if samples > self.probe.shape[1]:
+            self._make_probe(samples, self.probe.device)
+
+    def probe_for(self, x: Tensor) -> Tensor:
+        """The probe, with room for x's samples and on its device."""
+        probe = self.probe
+        if x.shape[0] > probe.shape[1] or x.device != probe.device:
+            self._make_probe(max(x.shape[0], probe.shape[1]), x.device)
+        return self.probe
+
+    def coordinate_probe(self, parameter: nn.Parameter) -> Tensor:
+        """A zero, expanded to the parameter's shape: its gradient is Σ_i c_i², itself no memory."""
+        probe = self._coordinate_probes.get(parameter)
+        if probe is None or probe.device != parameter.device:
+            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            zero = torch.zeros((), dtype=dtype, device=parameter.device)
+            probe = zero.expand(parameter.shape).requires_grad_()
+            self._coordinate_probes[parameter] = probe
+        return probe
+
+    def calling(self, call: Call) -> None:
+        """Told by each eager layer call in the forward pass."""
+        if torch._C._current_graph_task_id() == -1:  # a checkpoint's second forward is no new call
+            self._calling[call.key] += 1
+            if self._unexplained:
+                self._had_grads |= any(p.grad is not None for p in self._names)
+
+    def called(self, layer: ObservedLayer, call: Call, saved: tuple[Tensor, ...]) -> None:
+        """Told by each eager layer call's backward pass."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:  # what is left is of a pass without the probe: autograd.grad's
+            self._task, self._calls = task, []
+        if self.updater is not None:
+            self.updater.called(saved[0].shape[0])
+        needed = self.inner_products or self._unexplained
+        needed = needed or layer in self._tied or self._calling[call.key] > 1
+        self._calls.append(ObservedCall(layer, call, saved[0].shape[0], saved if needed else ()))
+
+    def used_once(self, layer: ObservedLayer, call: Call) -> bool:
+        """Whether this is the layer's only call in the forward pass, and nothing of it is tied."""
+        return self._calling[call.key] == 1 and layer not in self._tied
+
+    def _collect(self, probe: Tensor) -> None:
+        """The hook: one backward pass is over, and the probe's gradient is complete."""
+        assert probe.grad is not None
+        rows: int | None = None
+        calls = self._calls
+        if calls:
+            rows = calls[0].samples
+            self._to_explain = None  # the gradients are no longer those of one pass
+            names = {call.layer.observed_name for call in calls}
+            if self._last_seen and not names & self._last_seen:
+                self._faults.append(_disjoint(self._last_seen, names))
+            if any(call.samples != rows for call in calls):
+                self._faults.append(_disagreement(calls))
+            elif len({call.call.key for call in calls}) < len(calls) or self._tied:
+                self._add_cross_terms(probe.grad, calls, rows)
+            self._eager_calls = max(self._eager_calls, sum(call.call.counts for call in calls))
+            self._seen |= names
+            self._last_seen = names
+            self._last_calls = calls if self.inner_products else []
+            if self._unexplained:
+                self._unexplained = False
+                if not self._had_grads and not self._faults:
+                    self._explain_when_complete(calls, probe.grad[0].sum())
+            self._calls = []
+            self._calling.clear()
+        self._micro_batches.append((probe.grad, rows))
+        probe.grad = None
+        if self.ranks.size == 1:  # otherwise they are still to be averaged
+            torch.autograd.Variable._execution_engine.queue_callback(self._note_gradient)
+
+    def _note_gradient(self) -> None:
+        """At the end of a backward pass: which version one of the gradients has."""
+        grad = next((p.grad for p in self._names if p.grad is not None), None)
+        self._noted = None if grad is None else (weakref.ref(grad), grad._version)
+
+    def _explain_when_complete(self, calls: list[ObservedCall], sum_norms_sq: Tensor) -> None:
+        """Has the first backward pass checked when all gradients are complete.
+
+        That is at its end, or where ranks average their gradients, when all of them `check`.
+        """
+        if self.ranks.size > 1:
+            self._to_explain = calls, sum_norms_sq
+            return
+
+        def explain() -> None:
+            fault = unexplained(calls, self._names, sum_norms_sq, self.ranks)
+            if fault:
+                self._faults.append(fault)
+
+        torch.autograd.Variable._execution_engine.queue_callback(explain)
+
+    def _add_cross_terms(self, grad: Tensor, calls: list[ObservedCall], rows: int) -> None:
+        for parameter, uses in repeated_uses(calls).items():
+            if not all(use.by.saved for use in uses):
+                self._faults.append(_unexpected(uses[0].by.layer.observed_name))
+                return
+            with torch.no_grad():
+                norms, sums = cross_terms(parameter, uses, self.coordinates)
+                grad[0, :rows].add_(norms)
+            if sums is not None:  # the probe's own gradient may not have arrived yet
+                known = self._cross_sums.get(parameter)
+                self._cross_sums[parameter] = sums if known is None else known + sums
+
+    @property
+    def micro_batches(self) -> int:
+        """Backward passes since the last reset."""
+        return len(self._micro_batches)
+
+    def rows(self) -> list[int]:
+        """The number of samples of each micro-batch since the last reset.
+
+        Reads the device where the whole model is compiled: then only the probe knows.
+        """
+        for k, (probe, known) in enumerate(self._micro_batches):
+            if known is None:
+                self._micro_batches[k] = (probe, int(torch.count_nonzero(probe[1])))
+        return [cast(int, n) for _, n in self._micro_batches]
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if the gradients have been written to since the backward pass.
+
+        Looks at one of them, on one process.
+        """
+        grad = self._noted[0]() if self._noted is not None else None
+        if grad is not None and grad._version != self._noted[1]:  # type: ignore[index]
+            raise RuntimeError(
+                "the gradients were changed between backward() and step(): the test would compare "
+                "them with those of the samples as they were. To clip them, take max_grad_norm= "
+                "of the optimizer"
+            )
+
+    def reset(self) -> None:
+        """Forgets what was measured, for the next step. Gradients are not touched."""
+        self._calls = []
+        self._calling.clear()
+        self._to_explain = None
+        self._forget()
+        for probe in self._coordinate_probes.values():
+            probe.grad = None
+
+
+def _disagreement(calls: list[ObservedCall]) -> str:
+    sizes = ", ".join(f"{call.layer.observed_name!r} {call.samples}" for call in calls)
+    return (
+        f"the layers disagree about the number of samples ({sizes}): dimension 0 of every "
+        "layer's input must count the samples, with nothing folded into it"
+    )
+
+
+def _disjoint(before: set[str], now: set[str]) -> str:
+    return (
+        f"one backward pass reached the layers {_some(before)}, the next {_some(now)}, none of "
+        "them the same: these are not micro-batches of one model. With torch.utils.checkpoint, "
+        "use use_reentrant=False"
+    )
+
+
+def _unexpected(name: str) -> str:
+    return (
+        f"layer {name!r} took part twice in one backward pass but was called once in the forward "
+        "pass: run backward() once for each forward pass"
+    )
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(map(repr, shown)) + (", …" if len(names) > len(shown) else "")
