@@ -22,6 +22,9 @@ OPTIONS: dict[str, Any] = {"lr": 1e-3, "initial_accumulator_value": 1.0}
 """Of every AdaGrad here. From an empty accumulator the first step is lr · sign(g), in which the
 rounding of a gradient near 0 shows in full, so that results could not be compared."""
 
+ROUNDINGS = 64
+"""Always allowed in the statistics of a whole model: one layer's pass through all the others."""
+
 
 class Measured(NamedTuple):
     """What a variant measured in one step; None for what it does not measure."""
@@ -82,7 +85,11 @@ class Task:
         return _reference(self.model().double(), x, self.y)
 
     def check(
-        self, model: nn.Module, measured: Measured, roundings: int = 8, gradients: bool = True
+        self,
+        model: nn.Module,
+        measured: Measured,
+        roundings: int = ROUNDINGS,
+        gradients: bool = True,
     ) -> None:
         """Asserts that a model after its first step, gradients not yet zeroed, is right.
 
@@ -146,7 +153,7 @@ def step_variant(
     optimizer: Any,
     step: Callable[[], Any],
     measured: Callable[[], Measured] = Measured,
-    roundings: int = 8,
+    roundings: int = ROUNDINGS,
     gradients: bool = True,
 ) -> Variant:
     """A variant of a training step.
