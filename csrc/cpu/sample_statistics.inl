@@ -1,7 +1,7 @@
 // One pass over columns [first, last) of g [rows, stride]: column sums, column sums of
 // squares, and the part of every row's squared norm that these columns hold.
 //
-// Cost: g is read once. Blocks of kBlock columns keep both running sums in L1; two rows
+// Cost: g is read once. Blocks of kBlock columns keep both running sums in L1; four rows
 // at a time share their loads and stores. Rounding: runs of kRows rows are summed by themselves,
 // so that the error grows with kRows + rows / kRows and not with rows.
 
@@ -9,51 +9,53 @@
 
 constexpr int64_t kRows = 64;
 
-// Adds rows of n columns; norms_sq[i] is that of row i.
+// Adds R rows of n columns, R at a time; norms_sq[i] is that of row i. The rows to come are far
+// away in memory and no hardware prefetcher expects them: each read asks for its successor.
+template <class T, int R>
+ADAGRAD_KERNELS_INLINE void add_group(const T* g, int64_t stride, int64_t n, T* sum, T* sum_sq,
+                                      double* norms_sq) {
+  Vector<T> norm[R] = {};
+  int64_t j = 0;
+  for (; j + kLanes<T> <= n; j += kLanes<T>) {
+    Vector<T> s = load(sum + j), q = load(sum_sq + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const T* at = g + r * stride + j;
+      __builtin_prefetch(at + R * stride);
+      const Vector<T> x = load(at), xx = x * x;
+      s += x;
+      q += xx;
+      norm[r] += xx;
+    }
+    store(sum + j, s);
+    store(sum_sq + j, q);
+  }
+  for (int r = 0; r < R; ++r) {
+    double total = sum_of_lanes<T>(norm[r]);
+    for (int64_t k = j; k < n; ++k) {
+      const T x = g[r * stride + k];
+      sum[k] += x;
+      sum_sq[k] += x * x;
+      total += x * x;
+    }
+    norms_sq[r] += total;
+  }
+}
+
 template <class T>
 ADAGRAD_KERNELS_INLINE void add_rows(const T* g, int64_t rows, int64_t stride, int64_t n, T* sum,
                                      T* sum_sq, double* norms_sq) {
   int64_t i = 0;
-  for (; i + 1 < rows; i += 2) {
-    const T* a = g + i * stride;
-    const T* b = a + stride;
-    Vector<T> na = {}, nb = {};
-    int64_t j = 0;
-    for (; j + kLanes<T> <= n; j += kLanes<T>) {
-      const Vector<T> x = load(a + j), y = load(b + j);
-      const Vector<T> xx = x * x, yy = y * y;
-      store(sum + j, load(sum + j) + (x + y));
-      store(sum_sq + j, load(sum_sq + j) + (xx + yy));
-      na += xx;
-      nb += yy;
-    }
-    double ta = sum_of_lanes<T>(na);
-    double tb = sum_of_lanes<T>(nb);
-    for (; j < n; ++j) {
-      sum[j] += a[j] + b[j];
-      sum_sq[j] += a[j] * a[j] + b[j] * b[j];
-      ta += a[j] * a[j];
-      tb += b[j] * b[j];
-    }
-    norms_sq[i] += ta;
-    norms_sq[i + 1] += tb;
+  for (; i + 4 <= rows; i += 4) {
+    add_group<T, 4>(g + i * stride, stride, n, sum, sum_sq, norms_sq + i);
   }
-  if (i < rows) {
-    const T* a = g + i * stride;
-    double ta = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      sum[j] += a[j];
-      sum_sq[j] += a[j] * a[j];
-      ta += static_cast<double>(a[j]) * a[j];
-    }
-    norms_sq[i] += ta;
-  }
+  for (; i < rows; ++i) add_group<T, 1>(g + i * stride, stride, n, sum, sum_sq, norms_sq + i);
 }
 
 template <class T>
 ADAGRAD_KERNELS_INLINE void columns(const T* g, int64_t rows, int64_t stride, int64_t first,
                                     int64_t last, T* sum, T* sum_sq, double* norms_sq) {
-  constexpr int64_t kBlock = 8192 / sizeof(T);
+  constexpr int64_t kBlock = 4096 / sizeof(T);
   T run_sum[kBlock], run_sum_sq[kBlock];
   for (int64_t j = first; j < last; ++j) sum[j] = sum_sq[j] = 0;
   for (int64_t block = first; block < last; block += kBlock) {

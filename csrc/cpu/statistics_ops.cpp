@@ -34,13 +34,15 @@ static void sample_statistics_into(const Tensor& g, const Tensor& sum, const Ten
                                  norms.data() + c * rows + first_row);
     }
   });
-  for (int64_t r = 1; r < row_parts; ++r) {
-    const T* s = partial.data() + 2 * (r - 1) * columns;
-    for (int64_t j = 0; j < columns; ++j) {
-      data<T>(sum)[j] += s[j];
-      data<T>(sum_sq)[j] += s[columns + j];
+  parallel_for(0, row_parts > 1 ? columns : 0, kColumns / 4, [&](int64_t begin, int64_t end) {
+    for (int64_t r = 1; r < row_parts; ++r) {
+      const T* s = partial.data() + 2 * (r - 1) * columns;
+      for (int64_t j = begin; j < end; ++j) {
+        data<T>(sum)[j] += s[j];
+        data<T>(sum_sq)[j] += s[columns + j];
+      }
     }
-  }
+  });
   for (int64_t i = 0; i < rows; ++i) {
     double total = 0;
     for (int64_t c = 0; c < column_parts; ++c) total += norms[c * rows + i];
