@@ -37,6 +37,7 @@ def assert_exact(s: ak.GradientStatistics, case: Case, model: nn.Module, x: Tens
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_one_batch_and_micro_batches(device: torch.device, case: Case, coordinates: bool) -> None:
     model, x = case.make().to(device).double(), case.input(device)
+    before = {name: set(m.__dict__) for name, m in model.named_modules()}
     observer = ak.observe(
         model, coordinates=coordinates, inner_products=True, fallback=case.fallback
     )
@@ -49,6 +50,7 @@ def test_one_batch_and_micro_batches(device: torch.device, case: Case, coordinat
         assert_exact(s, case, model, x, len(x) // parts)
     observer.detach()
     assert not any(isinstance(m, ak.layers.ObservedLayer) for m in model.modules())
+    assert {name: set(m.__dict__) for name, m in model.named_modules()} == before
 
 
 @every_layer

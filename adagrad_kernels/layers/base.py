@@ -143,6 +143,7 @@ _OWN_ATTRIBUTES = (
     "_call",
     "_calls",
     "_coordinate_probes",
+    "_inside",
     "_last",
     "_single",
     "observed_name",
