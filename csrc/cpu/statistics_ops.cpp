@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <memory>
 
 #include "kernels.h"
 #include "ops.h"
@@ -9,24 +10,27 @@ using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 
-// Tasks take runs of columns, and of rows as well where there are few columns, with sums of their
-// own that are added in a fixed order. The split depends on the shape alone: so do the results.
+// Tasks take runs of columns: of kColumns, or shorter ones where that makes too few tasks. Where
+// there are too few columns for that, they take runs of rows as well, with sums of their own that
+// are added in a fixed order. The split depends on the shape alone: so do the results.
 template <class T>
 static void sample_statistics_into(const Tensor& g, const Tensor& sum, const Tensor& sum_sq,
                                    const Tensor& norms_sq) {
-  constexpr int64_t kColumns = 4096, kTasks = 32, kWork = 32768;  // kWork: elements of a task
+  constexpr int64_t kColumns = 16384, kFewColumns = 2048;
+  constexpr int64_t kColumnTasks = 8, kRowTasks = 4, kWork = 32768;  // kWork: elements of a task
   const int64_t rows = g.size(0), columns = g.size(1);
-  const int64_t column_parts = std::max<int64_t>(columns / kColumns, 1);
+  const int64_t column_parts =
+      std::max({columns / kColumns, std::min(columns / kFewColumns, kColumnTasks), int64_t{1}});
   const int64_t row_parts =
-      std::max<int64_t>(std::min({kTasks / column_parts, rows * columns / kWork, rows / 8}), 1);
+      std::max<int64_t>(std::min({kRowTasks / column_parts, rows * columns / kWork, rows / 8}), 1);
   const int64_t parts = column_parts * row_parts;
   std::vector<double> norms(column_parts * rows, 0.0);
-  std::vector<T> partial(row_parts > 1 ? 2 * (row_parts - 1) * columns : 0);
+  const std::unique_ptr<T[]> partial(new T[2 * (row_parts - 1) * columns]);
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t r = part / column_parts, c = part % column_parts;
       const int64_t first_row = rows * r / row_parts, last_row = rows * (r + 1) / row_parts;
-      T* s = r == 0 ? data<T>(sum) : partial.data() + 2 * (r - 1) * columns;
+      T* s = r == 0 ? data<T>(sum) : partial.get() + 2 * (r - 1) * columns;
       T* q = r == 0 ? data<T>(sum_sq) : s + columns;
       sample_statistics_range<T>(const_data<T>(g) + first_row * columns, last_row - first_row,
                                  columns, columns * c / column_parts,
@@ -34,9 +38,9 @@ static void sample_statistics_into(const Tensor& g, const Tensor& sum, const Ten
                                  norms.data() + c * rows + first_row);
     }
   });
-  parallel_for(0, row_parts > 1 ? columns : 0, kColumns / 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, row_parts > 1 ? columns : 0, kColumns / 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = 1; r < row_parts; ++r) {
-      const T* s = partial.data() + 2 * (r - 1) * columns;
+      const T* s = partial.get() + 2 * (r - 1) * columns;
       for (int64_t j = begin; j < end; ++j) {
         data<T>(sum)[j] += s[j];
         data<T>(sum_sq)[j] += s[columns + j];
