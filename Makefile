@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
 SOURCES := $(shell find csrc -type f)
-PYTHON_FILES := adagrad_kernels tests benchmarks tools setup.py
+PYTHON_FILES := adagrad_kernels tests benchmarks examples tools setup.py
 
 .PHONY: train test bench check-gpu sanitize lint format clean distclean
 .DELETE_ON_ERROR:
