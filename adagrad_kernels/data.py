@@ -41,9 +41,11 @@ class AdaptiveDataLoader:
     get. So batches become multiples of the number of processes. A state may be loaded on another
     number of processes.
 
-    The order of the samples depends on `seed` alone, not on batch sizes, workers, processes or
-    interruptions; torch's global random numbers are not used. Workers fetch ahead at the present
-    batch size; when it changes, what they fetched at the old one is dropped and fetched anew.
+    The order of the samples depends on `seed` (and `weights`) alone, not on batch sizes, workers,
+    processes or interruptions; torch's global random numbers are not used. So there is no
+    `sampler`, whose order could be neither resumed nor shared: take `weights`, or
+    `torch.utils.data.Subset` for a part of the dataset. Workers fetch ahead at the present batch
+    size; when it changes, what they fetched at the old one is dropped and fetched anew.
 
     Args:
         dataset: a map-style dataset with `len`.
@@ -53,6 +55,9 @@ class AdaptiveDataLoader:
         shuffle: a new permutation each epoch, or the dataset's order.
         num_workers: processes that fetch, 0 for none.
         seed: of the permutations.
+        weights: [len(dataset)], as of `WeightedRandomSampler`: each epoch is len(dataset) draws
+            with replacement, sample i in proportion to weights[i] ≥ 0. Statistics and tests are
+            those of the distribution that is drawn from.
         collate_fn: joins samples to a micro-batch, torch's by default.
         pin_memory: as in `torch.utils.data.DataLoader`.
         rank: which part of each micro-batch to serve, from 0; by default that of this process
@@ -65,8 +70,9 @@ class AdaptiveDataLoader:
 
     Raises:
         TypeError: an iterable-style dataset.
-        ValueError: an empty dataset, max_micro_batch_size < 1, num_workers < 0, a rank outside
-            [0, world_size), or what `BatchSizeController.limit_micro_batches` raises.
+        ValueError: an empty dataset, weights that are no distribution over it or not shuffled,
+            max_micro_batch_size < 1, num_workers < 0, a rank outside [0, world_size), or what
+            `BatchSizeController.limit_micro_batches` raises.
 
     Example:
         >>> dataset = TensorDataset(torch.arange(10.0))
@@ -85,12 +91,14 @@ class AdaptiveDataLoader:
         shuffle: bool = True,
         num_workers: int = 0,
         seed: int = 0,
+        weights: Tensor | Sequence[float] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if isinstance(dataset, IterableDataset) or not map_style:
             raise TypeError(
                 f"AdaptiveDataLoader needs a map-style dataset with a length, got "
                 f"{type(dataset).__name__}"
@@ -98,6 +106,8 @@ class AdaptiveDataLoader:
         length = len(cast(Sized, dataset))
         if length == 0:
             raise ValueError("the dataset is empty")
+        if weights is not None:
+            weights = _distribution(weights, length, shuffle)
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
         rank, world_size = _part(rank, world_size, getattr(controller, "ranks", None) or Ranks())
@@ -110,7 +120,8 @@ class AdaptiveDataLoader:
         self.dataset = dataset
         self.controller = controller
         self.num_workers = num_workers
-        self._stream = SampleStream(length, controller, shuffle, seed, rank)
+        self._stream = SampleStream(length, controller, shuffle, seed, rank, weights)
+        self._end = 0  # samples at the end of the epoch that is being served
         self._fetch = _Fetch(dataset, collate_fn)
         self._pin_memory = pin_memory
         self._workers: DataLoader[Any] | None = None
@@ -135,6 +146,16 @@ class AdaptiveDataLoader:
         """Complete passes over the dataset so far."""
         return self._stream.epoch
 
+    @property
+    def batch_complete(self) -> bool:
+        """Whether the micro-batch that was served last is the last one of its batch."""
+        return not self._stream.inside_batch
+
+    @property
+    def epoch_complete(self) -> bool:
+        """Whether the micro-batch that was served last is the last one of its pass of `for`."""
+        return self.batch_complete and self._stream.samples >= self._end
+
     def __len__(self) -> int:
         """Micro-batches of one epoch at the present batch size."""
         size, count = self.controller.micro_batches()
@@ -143,7 +164,7 @@ class AdaptiveDataLoader:
     def __iter__(self) -> Iterator[Any]:
         """One epoch of micro-batches, from where the stream stands."""
         stream = self._stream
-        end = (stream.epoch + 1) * stream.length
+        self._end = end = (stream.epoch + 1) * stream.length
         fetch = self._fetch_here if self._workers is None else _from_workers(self._workers)
         while stream.inside_batch or stream.samples < end:
             micro_batch = fetch(stream.next())
@@ -162,7 +183,7 @@ class AdaptiveDataLoader:
         """Goes to a saved position.
 
         Raises:
-            ValueError: the state of a loader with another seed, order or dataset length.
+            ValueError: the state of a loader with another seed, order, dataset length or weights.
         """
         self._stream.load_state_dict(state)
 
@@ -191,6 +212,18 @@ def _controller_of(optimizer: object) -> BatchSizeController:
             f"{type(optimizer).__name__}"
         )
     return controller
+
+
+def _distribution(weights: Tensor | Sequence[float], length: int, shuffle: bool) -> Tensor:
+    """The weights as a tensor, if samples can be drawn by them."""
+    found = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    if found.shape != (length,):
+        raise ValueError(f"weights must have shape [{length}], got {list(found.shape)}")
+    if not (found.isfinite().all() and (found >= 0).all() and found.any()):
+        raise ValueError("weights must be finite, none negative, and not all zero")
+    if not shuffle:
+        raise ValueError("weights draw samples at random, which shuffle=False rules out")
+    return found
 
 
 def _part(rank: int | None, world_size: int | None, ranks: Ranks) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..criteria import Criterion
 from .base import check_max_grad_norm
 from .cycle import BatchCycle
-from .cycled import Cycled
+from .cycled import Cycled, outside_graphs
 
 
 class AdaptiveBatch(Cycled):
@@ -80,6 +80,17 @@ class AdaptiveBatch(Cycled):
         """The inner optimizer's parameter groups."""
         return self.optimizer.param_groups
 
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state by parameter."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's default options."""
+        return self.optimizer.defaults
+
+    @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None, loss: Any = None) -> Any:
         """Updates and tests when the batch is complete, otherwise only counts the micro-batch.
 
@@ -113,6 +124,7 @@ class AdaptiveBatch(Cycled):
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch, but does nothing while a batch is being accumulated."""
         if self.cycle.may_zero():
