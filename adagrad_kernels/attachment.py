@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
 
 class UnsupportedLayerError(TypeError):
-    """A layer with trainable parameters whose per-sample gradients cannot be measured."""
+    """A layer with trainable parameters whose per-sample gradients cannot be measured.
+
+    Example:
+        >>> observe(nn.Bilinear(2, 2, 1))
+        Traceback (most recent call last):
+        ...
+        adagrad_kernels.attachment.UnsupportedLayerError: ...Bilinear...
+    """
 
 
 def attach(

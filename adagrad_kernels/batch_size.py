@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from .criteria import Decision
 from .lr_policy import LRPolicy
+from .micro_batches import check_divides, divide
 from .statistics import GradientStatistics
 
 
@@ -17,7 +19,8 @@ class BatchSizeController:
     min(max_batch_size, ⌈growth_limit · b⌉, b⁺) samples, at least as many as before, rounded up to
     what can be served: a multiple of `multiple_of`, and, once a loader has set that, equal
     micro-batches of at most `max_micro_batch_size` samples on each of `processes` processes.
-    (Rounded down where rounding up would pass the cap.)
+    (Rounded down where rounding up would pass the cap.) With `sizes` it is rounded up to the next
+    of these instead.
 
     Args:
         batch_size: b₀ ≥ 1, the first global batch. From 1 it cannot grow (one sample has no
@@ -25,6 +28,12 @@ class BatchSizeController:
         max_batch_size: the cap, ≥ batch_size.
         growth_limit: largest factor of one change, > 1, before rounding up; None for no limit.
         multiple_of: batches are multiples of this; batch_size itself must be one.
+        sizes: the only batch sizes that there are, batch_size among them; the largest is the cap.
+            A size that one micro-batch can hold is one; each larger one must divide into equal
+            micro-batches on all processes. So there are at most as many micro-batch shapes as
+            sizes, and compiled models as many graphs: what static shapes (CUDA graphs,
+            `torch.compile(dynamic=False)`) need. Multiples of the largest micro-batch share one
+            shape: [8, 64, 512, 4096, 32768] has 3 with micro-batches of at most 512.
         every: test every so many steps; the first step is tested.
         smoothing: weight in [0, 1) of the past in an exponential average of the suggestions;
             0, the default, takes each as it is.
@@ -38,6 +47,7 @@ class BatchSizeController:
 
     Attributes:
         batch_size: samples of the next batch.
+        max_batch_size: the cap.
         initial_batch_size: b₀, as it was served.
         max_micro_batch_size: largest micro-batch of one process, or None; set by the loader.
         processes: how many share a batch; set by the loader.
@@ -53,6 +63,9 @@ class BatchSizeController:
         24
         >>> controller.advance(Decision(passed=True, batch_size=24, ratio=0.9))
         24
+        >>> controller = BatchSizeController(8, max_batch_size=4096, sizes=[8, 64, 512, 4096])
+        >>> controller.advance(Decision(passed=False, batch_size=65, ratio=65 / 8))
+        512
     """
 
     def __init__(
@@ -61,6 +74,7 @@ class BatchSizeController:
         max_batch_size: int,
         growth_limit: float | None = None,
         multiple_of: int = 1,
+        sizes: Sequence[int] | None = None,
         every: int = 1,
         smoothing: float = 0.0,
         patience: int = 1,
@@ -81,6 +95,7 @@ class BatchSizeController:
             raise ValueError(
                 f"batch_size ({batch_size}) must be a multiple of multiple_of ({multiple_of})"
             )
+        self.sizes = None if sizes is None else self._checked(sizes)
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
         self.growth_limit = growth_limit
@@ -150,8 +165,8 @@ class BatchSizeController:
             processes: how many processes share a batch, in equal parts.
 
         Raises:
-            ValueError: micro-batches smaller than `multiple_of`, or a cap below one sample for
-                each process.
+            ValueError: micro-batches smaller than `multiple_of`, a cap below one sample for
+                each process, or one of `sizes` that does not divide into such micro-batches.
         """
         limit = _count("max_micro_batch_size", max_micro_batch_size)
         multiple = math.lcm(self.multiple_of, _count("processes", processes))
@@ -166,10 +181,29 @@ class BatchSizeController:
                 f"{processes} processes"
                 + (f" in multiples of {self.multiple_of}" if self.multiple_of > 1 else "")
             )
+        for size in self.sizes or ():
+            check_divides(size, limit, processes, self.multiple_of)
         self.max_micro_batch_size, self.processes = limit, processes
         self.batch_size = self._servable(self.batch_size)
         if not self.steps:
             self.initial_batch_size = self.batch_size
+
+    def _checked(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The sizes in increasing order; the largest becomes the cap."""
+        found = tuple(sorted({_count("sizes", size) for size in sizes}))
+        if self.batch_size not in found:
+            raise ValueError(f"batch_size ({self.batch_size}) must be one of sizes, got {sizes}")
+        if found[-1] > self.max_batch_size:
+            raise ValueError(
+                f"the largest of sizes ({found[-1]}) is larger than max_batch_size "
+                f"({self.max_batch_size})"
+            )
+        if odd := [size for size in found if size % self.multiple_of]:
+            raise ValueError(
+                f"sizes must be multiples of multiple_of ({self.multiple_of}), got {odd[0]}"
+            )
+        self.max_batch_size = found[-1]
+        return found
 
     def _smooth(self, suggestion: int) -> int:
         if not self.smoothing:
@@ -207,10 +241,12 @@ class BatchSizeController:
     def _split(self, batch_size: int) -> tuple[int, int] | None:
         limit = self.max_micro_batch_size
         limit = None if limit is None else limit * self.processes
-        return _split(batch_size, limit, self._multiple)
+        return divide(batch_size, limit, self._multiple)
 
     def _servable(self, target: int) -> int:
         """The least size from target on that divides into micro-batches, the next below the cap."""
+        if self.sizes is not None:
+            return next((size for size in self.sizes if size >= target), self.sizes[-1])
         multiple = self._multiple
         first = -(-target // multiple) * multiple
         for size in range(first, self.max_batch_size + 1, multiple):
@@ -260,19 +296,3 @@ def _count(name: str, value: float) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return int(value)
-
-
-def _split(batch_size: int, limit: int | None, multiple: int) -> tuple[int, int] | None:
-    """(m, M): the batch as M equal micro-batches, m ≤ limit and a multiple; None if it has none.
-
-    A quarter more micro-batches than the least number are allowed: 60000 is 120 of 500, which
-    the 118 of at most 512 cannot give.
-    """
-    if limit is None:
-        return batch_size, 1
-    least = -(-batch_size // (limit // multiple * multiple))
-    for count in range(least, least + least // 4 + 2):
-        size, rest = divmod(batch_size, count)
-        if not rest and size and size % multiple == 0:
-            return size, count
-    return None

@@ -118,6 +118,15 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
 
 
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that `fully_shard` was applied to."""
+    if not dist.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule  # not in a torch without distributed
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def check_same_gradient(ranks: Ranks, norm_sq: float, sum_shares_sq: float) -> None:
     """That the ranks follow one gradient.
 

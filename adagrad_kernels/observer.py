@@ -10,24 +10,27 @@ from torch import Tensor, nn
 
 from . import ops
 from .attachment import attach, detached_class
-from .coverage import Coverage, CoverageRecord
+from .coverage import Coverage, CoverageRecord, cost_of
 from .distributed import (
     Group,
     Ranks,
     check_same_gradient,
     data_parallel_group,
     is_sharded,
+    local,
     whole,
 )
 from .recorder import Recorder
 from .selfcheck import unexplained
+from .shards import in_layout, sums_over_ranks
+from .shared import ObservedCall
 from .statistics import CoordinateReductions, GradientStatistics, LazyCoordinates
 
 
 def observe(
     model: nn.Module,
     coordinates: bool = False,
-    inner_products: bool = False,
+    inner_products: bool | str = False,
     fallback: str = "error",
     process_group: Group | None = None,
     layers: Iterable[str | nn.Module] | None = None,
@@ -46,7 +49,7 @@ def observe(
         coordinates: also measure each coordinate's variance (one buffer a parameter).
         inner_products: also measure ⟨g_i, ḡ⟩, of the samples of the last micro-batch. Keeps that
             micro-batch's layer inputs and output gradients until the statistics are read; costs
-            about one forward pass.
+            about one forward pass. "all": of all micro-batches, and keeps those of all.
         fallback: what to do about other modules with trainable parameters: "error", or "vmap",
             which forms the per-sample gradients of that module alone, see `ObservedFallback`.
         process_group: the processes that average their gradients, and whose samples the
@@ -78,17 +81,26 @@ def observe(
     """
     if fallback not in ("error", "vmap"):
         raise ValueError(f'fallback must be "error" or "vmap", got {fallback!r}')
+    if isinstance(inner_products, str) and inner_products != "all":
+        raise ValueError(f'inner_products must be False, True or "all", got {inner_products!r}')
     return Observer(model, coordinates, inner_products, fallback, process_group, layers)
 
 
 class Observer(Recorder):
-    """The observed layers of one model, and what they have measured; made by `observe`."""
+    """The observed layers of one model, and what they have measured; made by `observe`.
+
+    Example:
+        >>> observer = observe(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)))
+        >>> [record.name for record in observer.coverage()]
+        ['0.weight', '0.bias', '1.weight', '1.bias']
+        >>> observer.detach()
+    """
 
     def __init__(
         self,
         model: nn.Module,
         coordinates: bool = False,
-        inner_products: bool = False,
+        inner_products: bool | str = False,
         fallback: str = "error",
         process_group: Group | None = None,
         layers: Iterable[str | nn.Module] | None = None,
@@ -115,18 +127,40 @@ class Observer(Recorder):
         self.reset()
 
     def coverage(self) -> Coverage:
-        """How each parameter is measured; prints as a table."""
+        """How each parameter is measured, and what that is estimated to cost.
+
+        Prints as a table. The costs are those of `adagrad_kernels.costs`, for the shapes of the
+        last forward pass, so that there are none before one; `adagrad_kernels.profiling` measures
+        them.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))
+            >>> observer = observe(model)
+            >>> _ = model(torch.randn(4, 20))
+            >>> print(observer.coverage())
+            parameter               layer   method         extra operations  extra bytes
+            0.weight                Linear  outer product             +7.8%       +18.8%
+            0.bias                  Linear  outer product
+            2.weight                Linear  outer product            +10.7%       +18.2%
+            2.bias                  Linear  outer product
+            all layers with a cost                                    +8.5%       +18.6%
+        """
         records = Coverage()
         for layer in self._layers:
-            kind = layer.plain_class.__name__
+            kind, owner = layer.plain_class.__name__, layer.observed_name
+            cost = cost_of(layer, self.coordinates, self.inner_products)
+            how = layer.observed_method if cost is None else cost.method
+            if layer in self._tied:
+                how += ", cross terms"
             trainable = layer.trainable().values()
             for p in cast(nn.Module, layer).parameters():
-                method, reason = layer.observed_method, ""
-                if not any(p is q for q in trainable):
-                    if p in self._measured():
-                        continue  # belongs to an observed layer inside this one
-                    method, reason = "", "frozen"
-                records.append(CoverageRecord(self._names[p], kind, method, reason))
+                if any(p is q for q in trainable):
+                    record = CoverageRecord(self._names[p], kind, how, "", owner, cost)
+                elif p in self._measured():
+                    continue  # belongs to an observed layer inside this one
+                else:
+                    record = CoverageRecord(self._names[p], kind, "", "frozen", owner)
+                records.append(record)
         if self.partial:
             known = {record.name for record in records}
             for module in self.model.modules():
@@ -156,6 +190,10 @@ class Observer(Recorder):
             RuntimeError: layers that disagree about the number of samples; backward passes that
                 do not belong to one model; a parameter with a gradient but without statistics.
         """
+        self._checked()
+
+    def _checked(self) -> dict[str, nn.Parameter]:
+        """`check`; returns `_layers_with_grad`."""
         if self._to_explain is not None:
             calls, sum_norms_sq = self._to_explain
             self._to_explain = None
@@ -163,16 +201,12 @@ class Observer(Recorder):
                 self._faults.append(fault)
         if self._faults:
             raise RuntimeError(self._faults[0])
-        if self.coordinates and any(is_sharded(p) for _, p in self.parameters()):
-            raise RuntimeError(
-                "coordinates of sharded parameters cannot be measured: take a criterion that "
-                "needs none, such as NormTest"
-            )
         with_grad = self._layers_with_grad()
         if self._micro_batches and not with_grad.keys() <= self._measured_layers():
             probes = [probe for probe, _ in self._micro_batches]
             _, least, most, outside = ops.pool_samples(probes, self.rows())[1].tolist()
             self._check_calls(with_grad, least, most, outside)
+        return with_grad
 
     def statistics(
         self,
@@ -184,7 +218,8 @@ class Observer(Recorder):
 
         ‖ḡ‖² is that of the parameters' `.grad` now: read before zero_grad(). One transfer from
         the device; where there are several ranks, one all_reduce of four numbers before it, one
-        of the coordinates, and an all_gather of the inner products.
+        of the coordinates (a reduce-scatter where parameters are sharded), and an all_gather of
+        the inner products.
 
         Args:
             grad_norm_sq: ‖gradient_scale · grad‖², this rank's share of it (see
@@ -205,7 +240,7 @@ class Observer(Recorder):
                 "no statistics: no backward pass has reached an observed layer since the last "
                 "reset()"
             )
-        self.check()
+        with_grad = self._checked()
         rows = self.rows()
         grads = {p: p.grad for _, p in self.parameters() if p.grad is not None}
         if grad_norm_sq is None:
@@ -227,7 +262,7 @@ class Observer(Recorder):
                 raise RuntimeError("inner products need as many samples on every rank")
             n = int(samples)
             sum_sq, norms = sum_sq / ranks.size**2, norms / ranks.size**2
-        self._check_calls(self._layers_with_grad(), least, most, outside)
+        self._check_calls(with_grad, least, most, outside)
         mean, variance = self._by_coordinate(grads, n, gradient_scale, lazy=bool(found))
         return GradientStatistics(
             batch_size=n,
@@ -285,20 +320,24 @@ class Observer(Recorder):
         if not self.coordinates:
             return None, None
         of_name = {
-            self._names[p]: (grads[p].to(sums.dtype), sums)
+            self._names[p]: (grads[p], local(grads[p]).to(sums.dtype), sums)
             for p, sums in self._coordinate_sums(grads).items()
         }
         # (Σ g_ij² − N ḡ_j²)/(N − 1), with g_i = N·scale·c_i, ḡ = scale·grad
         unit = n * gradient_scale**2 / (n - 1) if n > 1 else float("nan")
 
         def means() -> dict[str, Tensor]:
-            return {name: grad * gradient_scale for name, (grad, _) in of_name.items()}
+            return {
+                name: in_layout(grad * gradient_scale, like)
+                for name, (like, grad, _) in of_name.items()
+            }
 
         def variances() -> dict[str, Tensor]:
-            return {
-                name: (sums * (n * unit)).addcmul_(grad, grad, value=-unit).clamp_(min=0)
-                for name, (grad, sums) in of_name.items()
-            }
+            found = {}
+            for name, (like, grad, sums) in of_name.items():
+                value = (sums * (n * unit)).addcmul_(grad, grad, value=-unit).clamp_(min=0)
+                found[name] = in_layout(value, like)
+            return found
 
         if not lazy:
             return means(), variances()
@@ -312,32 +351,43 @@ class Observer(Recorder):
         return list(found.values()) if len(found) == len(parameters) else []
 
     def _coordinate_sums(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Σ_i c_i² of each parameter, over all ranks."""
+        """Σ_i c_i² of what this rank holds of each parameter, over the samples of all ranks."""
+        # By layer and name: while a layer of a sharded model runs, its parameters are others.
+        probes = {
+            p: layer.last_coordinate_probes.get(name)
+            for layer in self._layers
+            for name, p in layer.trainable().items()
+        }
         found: dict[nn.Parameter, Tensor] = {}
         for p in grads:
-            probe = self._coordinate_probes.get(p)
+            probe = probes.get(p)
             if probe is not None and probe.grad is not None:
-                cross = self._cross_sums.get(p)
+                cross = self._cross_sums.get(probe)
                 found[p] = probe.grad if cross is None else probe.grad + cross
         if self.ranks.size == 1 or not found:
             return found
-        flat = torch.cat([sums.flatten() for sums in found.values()])
-        parts = self.ranks.sum_(flat).div_(self.ranks.size**2).split([p.numel() for p in found])
-        return {p: part.view(p.shape) for p, part in zip(found, parts, strict=True)}
+        sums = sums_over_ranks(list(found.values()), list(found), self.ranks)
+        torch._foreach_div_(sums, self.ranks.size**2)
+        return dict(zip(found, sums, strict=True))
 
     def _inner_products(
         self, grads: dict[nn.Parameter, Tensor], n: int, gradient_scale: float
     ) -> Tensor | None:
-        """⟨g_i, ḡ⟩ of the samples of the last micro-batch, of all ranks."""
+        """⟨g_i, ḡ⟩ of the samples whose operands were kept, of all ranks."""
         if not self.inner_products:
             return None
-        total = torch.zeros((), dtype=self._dtype, device=self.probe.device)
         with torch.no_grad():
-            for call in self._last_calls:
-                trainable = call.layer.trainable()
-                params = {
-                    k: whole(grads[p]).to(self._dtype) for k, p in trainable.items() if p in grads
-                }
-                if params:
-                    total = total + call.layer.contract(call.call.key, call.saved, params)
-        return self.ranks.gather(total * (n * gradient_scale**2 / self.ranks.size))
+            products = torch.cat([self._contracted(calls, grads) for calls in self._kept_calls])
+        return self.ranks.gather(products * (n * gradient_scale**2 / self.ranks.size))
+
+    def _contracted(self, calls: list[ObservedCall], grads: dict[nn.Parameter, Tensor]) -> Tensor:
+        """⟨c_i, grad⟩ of the samples of one micro-batch."""
+        total = torch.zeros(calls[0].samples, dtype=self._dtype, device=self.probe.device)
+        for call in calls:
+            trainable = call.layer.trainable()
+            params = {
+                k: whole(grads[p]).to(self._dtype) for k, p in trainable.items() if p in grads
+            }
+            if params:
+                total = total + call.layer.contract(call.call.key, call.saved, params)
+        return total

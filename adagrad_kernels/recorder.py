@@ -44,7 +44,7 @@ class Recorder:
         tied: layers that share a parameter with another one.
         ranks: the processes that average their gradients.
         coordinates: whether coordinate sums are measured.
-        inner_products: whether the operands of the last micro-batch are kept.
+        inner_products: whether the operands of the last micro-batch are kept, or "all".
     """
 
     def __init__(
@@ -53,11 +53,12 @@ class Recorder:
         tied: set[ObservedLayer],
         ranks: Ranks,
         coordinates: bool,
-        inner_products: bool,
+        inner_products: bool | str,
     ) -> None:
         self.ranks = ranks
         self.coordinates = coordinates
-        self.inner_products = inner_products
+        self.inner_products = bool(inner_products)
+        self._keeps_all = inner_products == "all"
         self._names, self._tied = names, tied
         double = any(p.dtype == torch.float64 for p in names)
         self._dtype = torch.float64 if double else torch.float32
@@ -75,13 +76,13 @@ class Recorder:
 
     def _forget(self) -> None:
         self._micro_batches: list[tuple[Tensor, int | None]] = []
-        self._last_calls: list[ObservedCall] = []
+        self._kept_calls: list[list[ObservedCall]] = []  # of each micro-batch
         self._faults: list[str] = []
         self._noted: tuple[weakref.ref[Tensor], int] | None = None
         self._seen: set[str] = set()
         self._last_seen: set[str] = set()
         self._eager_calls = 0
-        self._cross_sums: dict[nn.Parameter, Tensor] = {}
+        self._cross_sums: dict[Tensor, Tensor] = {}  # by coordinate probe
 
     def _make_probe(self, capacity: int, device: torch.device) -> None:
         shape = (2, capacity)
@@ -150,7 +151,8 @@ class Recorder:
             self._eager_calls = max(self._eager_calls, sum(call.call.counts for call in calls))
             self._seen |= names
             self._last_seen = names
-            self._last_calls = calls if self.inner_products else []
+            if self.inner_products:
+                self._kept_calls = [*(self._kept_calls if self._keeps_all else ()), calls]
             if self._unexplained:
                 self._unexplained = False
                 if not self._had_grads and not self._faults:
@@ -192,8 +194,9 @@ class Recorder:
                 norms, sums = cross_terms(parameter, uses, self.coordinates)
                 grad[0, :rows].add_(norms)
             if sums is not None:  # the probe's own gradient may not have arrived yet
-                known = self._cross_sums.get(parameter)
-                self._cross_sums[parameter] = sums if known is None else known + sums
+                probe = uses[0].by.layer.last_coordinate_probes[uses[0].name]
+                known = self._cross_sums.get(probe)
+                self._cross_sums[probe] = sums if known is None else known + sums
 
     @property
     def micro_batches(self) -> int:

@@ -28,6 +28,14 @@ class SampleSchedule(LRScheduler):
 
     Raises:
         TypeError: any other optimizer, since it counts no samples.
+
+    Example:
+        >>> class HalfAfter100(SampleSchedule):
+        ...     def factor(self, samples):
+        ...         return 0.5 if samples >= 100 else 1.0
+        >>> opt = AdAdaGrad(nn.Linear(4, 1), lr=0.1, batch_size=8)
+        >>> HalfAfter100(opt).factor(200)
+        0.5
     """
 
     def __init__(self, optimizer: Cycled) -> None:

@@ -66,7 +66,7 @@ def cross_terms(
     """(2 Σ ⟨c_i^k, c_i^l⟩ [b], 2 Σ_i Σ c_i^k ⊙ c_i^l or None) over all pairs of uses."""
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     norms = torch.zeros(uses[0].by.samples, dtype=dtype, device=parameter.device)
-    sums = torch.zeros_like(parameter, dtype=dtype) if coordinates else None
+    sums = norms.new_zeros(parameter.shape) if coordinates else None
     for a, b in combinations(uses, 2):
         if a.by.layer is b.by.layer and a.by.call != b.by.call:
             continue  # different parts of the parameter

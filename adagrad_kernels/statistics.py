@@ -74,11 +74,12 @@ class GradientStatistics:
         contribution_norms_sq: ‖c_i‖² in the order of the samples on this rank, [N] on one rank.
         gradient_scale: factor that the optimizer applies to the accumulated gradient (1/M after
             M micro-batches with mean losses); the other figures include it.
-        coordinate_mean: ḡ_j for each parameter by name, or None if not asked for.
+        coordinate_mean: ḡ_j for each parameter by name, or None if not asked for; `DTensor`s laid
+            out like the parameters, where these are sharded.
         coordinate_variance: var_j likewise.
         coordinate_reductions: what the update's kernel has found out about them, or None.
-        inner_products: ⟨g_i, ḡ⟩ of the samples of the last micro-batch (of all ranks, one after
-            another), [m], or None if not asked for.
+        inner_products: ⟨g_i, ḡ⟩ of the samples of the last micro-batch, or of all that were asked
+            for (of all ranks, one after another), [m], or None if not asked for.
         accumulators: AdaGrad's v_j by parameter name, this step's gradient included, where the
             criterion asked an optimizer of this package for them.
         loss: mean loss of the samples, where an optimizer was told.
@@ -87,6 +88,11 @@ class GradientStatistics:
             batch (`WorkerNormTest`), otherwise 0.
         subset: names of the parameters that g_i and ḡ consist of, where `observe` was given
             layers; None for all.
+
+    Example:
+        >>> s = GradientStatistics(batch_size=4, sum_norms_sq=40.0, mean_norm_sq=4.0)
+        >>> s.variance, s.noise_scale.item()  # (40 - 4·4)/3,  8/(4 - 8/4)
+        (8.0, 4.0)
     """
 
     batch_size: int

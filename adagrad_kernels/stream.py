@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ class SampleStream:
         shuffle: a new permutation each epoch, or the dataset's order.
         seed: of the permutations.
         rank: which of the controller's processes this is.
+        weights: an epoch is then as many draws with replacement, sample i in proportion to
+            weights[i].
 
     Attributes:
         samples: samples taken so far, by all processes.
@@ -46,12 +49,14 @@ class SampleStream:
         shuffle: bool,
         seed: int,
         rank: int = 0,
+        weights: Tensor | None = None,
     ) -> None:
         self.length = length
         self.controller = controller
         self.shuffle = shuffle
         self.seed = seed
         self.rank = rank
+        self._up_to = None if weights is None else weights.double().cumsum(0)
         self.samples = 0
         self._batch: tuple[int, int] | None = None  # (m, micro-batches left) inside a batch
         self._batch_start = 0  # where the batch that was served last begins
@@ -108,13 +113,21 @@ class SampleStream:
         if epoch not in self._orders:
             now = self.epoch
             self._orders = {e: o for e, o in self._orders.items() if e >= now}
-            if self.shuffle:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            if self._up_to is not None:
+                drawn = torch.rand(self.length, generator=generator, dtype=torch.float64)
+                order = torch.searchsorted(self._up_to, drawn * self._up_to[-1], right=True)
+            elif self.shuffle:
                 order = torch.randperm(self.length, generator=generator)
             else:
                 order = torch.arange(self.length)
             self._orders[epoch] = order
         return self._orders[epoch]
+
+    @property
+    def weights(self) -> int | None:
+        """A checksum of the weights, None without any."""
+        return None if self._up_to is None else zlib.crc32(self._up_to.numpy().tobytes())
 
     def state_dict(self) -> dict[str, Any]:
         """The position: the next batch, or the beginning of an unfinished one."""
@@ -123,6 +136,7 @@ class SampleStream:
             "seed": self.seed,
             "shuffle": self.shuffle,
             "length": self.length,
+            "weights": self.weights,
             "processes": self.controller.processes,
         }
 
@@ -130,13 +144,13 @@ class SampleStream:
         """Goes to a saved position.
 
         Raises:
-            ValueError: the state of a stream with another seed, order or length.
+            ValueError: the state of a stream with another seed, order or length, or other weights.
         """
-        for name in ("seed", "shuffle", "length"):
-            own = getattr(self, name)
-            if state[name] != own:
+        for name in ("seed", "shuffle", "length", "weights"):
+            own, theirs = getattr(self, name), state.get(name)
+            if theirs != own:
                 raise ValueError(
-                    f"the loader's state has {name}={state[name]!r}, this loader {own!r}: its "
+                    f"the loader's state has {name}={theirs!r}, this loader {own!r}: its "
                     "samples would come in another order"
                 )
         before, now = state.get("processes", 1), self.controller.processes

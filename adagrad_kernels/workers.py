@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .distributed import Group, Ranks, check_same_gradient, data_parallel_group, is_sharded
+from .distributed import (
+    Group,
+    Ranks,
+    check_same_gradient,
+    data_parallel_group,
+    is_sharded,
+    sharded_modules,
+)
 from .statistics import GradientStatistics
 
 
@@ -17,30 +25,28 @@ class WorkerObserver:
     """Measures ‖·‖² of what each backward pass adds to the gradient, for `WorkerNormTest`.
 
     One hook a parameter, told of the gradient before it is accumulated or averaged over
-    processes. Layers stay as they are.
+    processes. Layers stay as they are. While a module of `fully_shard` runs, its parameters are
+    whole tensors of their own, which live as long as the model: these have the hooks.
 
     Args:
         model: any model; dimension 0 of the first tensor it is called with counts the samples.
         process_group: see `observe`.
 
     Raises:
-        ValueError: a model without trainable parameters, or with sharded ones.
+        ValueError: a model without trainable parameters.
     """
 
     def __init__(self, model: nn.Module, process_group: Group | None = None) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("the model has no trainable parameters: there is nothing to observe")
-        if any(is_sharded(p) for p in model.parameters()):
-            raise ValueError(
-                "WorkerNormTest cannot see the gradients of sharded parameters before they are "
-                "averaged: take NormTest"
-            )
         self.model = model
         self.ranks = Ranks(process_group or data_parallel_group(model))
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._called, with_kwargs=True)
         ]
         self._watched: set[nn.Parameter] = set()
+        self._measured: set[int] = set()  # numbers of those that ever had a gradient
+        self._sharded: set[nn.Module] = set()
         self._task = -1  # the backward pass that _norms belong to
         self._samples = 0
         self.reset()
@@ -48,10 +54,13 @@ class WorkerObserver:
     def _called(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
-        for _, p in self.parameters():  # some may have been unfrozen
-            if p not in self._watched:
-                self._watched.add(p)
-                self._handles.append(p.register_hook(self._take))
+        self._watch(model)
+        for module in sharded_modules(model):
+            if module not in self._sharded:
+                self._sharded.add(module)
+                if module is not model:
+                    # fully_shard's own hook comes before it
+                    self._handles.append(module.register_forward_pre_hook(self._unsharded))
         tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim())
         first = next(tensors, None)
         if first is None:
@@ -59,9 +68,22 @@ class WorkerObserver:
         self._samples = first.shape[0]
         self._calls += 1
 
+    def _unsharded(self, module: nn.Module, _: Any) -> None:
+        if torch.is_grad_enabled():
+            self._watch(module)
+
+    def _watch(self, module: nn.Module) -> None:
+        """Hooks for parameters that have none yet; some may have been unfrozen."""
+        for p in module.parameters():
+            if p.requires_grad and p not in self._watched and not is_sharded(p):
+                hook = partial(self._take, len(self._watched))
+                self._watched.add(p)
+                self._handles.append(p.register_hook(hook))
+
     @torch.no_grad()
-    def _take(self, grad: Tensor) -> None:
-        """One parameter's gradient in one backward pass."""
+    def _take(self, number: int, grad: Tensor) -> None:
+        """The gradient of the parameter with this number in one backward pass."""
+        self._measured.add(number)
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
@@ -110,19 +132,25 @@ class WorkerObserver:
         tr Σ̂ = N/J · (Σ_j‖g_j‖² − J‖ḡ‖²)/(J − 1); NaN for J = 1.
 
         Raises:
-            RuntimeError: no backward pass, several of one forward pass, or ranks whose gradients
-                have not been averaged.
+            RuntimeError: no backward pass, several of one forward pass, gradients that were not
+                measured, or ranks whose gradients have not been averaged.
         """
         if not self._micro_batches:
             raise RuntimeError("no statistics: no backward pass since the last reset()")
         self.check()
+        grads = [p.grad for _, p in self.parameters() if p.grad is not None]
+        if len(grads) > len(self._measured):
+            raise RuntimeError(
+                f"{len(grads) - len(self._measured)} parameters got a gradient that was not "
+                "measured: call the modules that hold them, inside the model's own call"
+            )
         if grad_norm_sq is None:
-            grads = [p.grad for _, p in self.parameters() if p.grad is not None]
             grad_norm_sq = self.ranks.norm_sq(grads) * gradient_scale**2
         norms = torch.stack([norm for _, norms in self._micro_batches for norm in norms])
         pooled = self.ranks.pool(norms.square().sum(), grad_norm_sq, sum(self.rows())).tolist()
         sum_sq, mean_norm_sq, samples, shares_sq = pooled
-        check_same_gradient(self.ranks, mean_norm_sq, shares_sq)
+        if not any(is_sharded(grad) for grad in grads):
+            check_same_gradient(self.ranks, mean_norm_sq, shares_sq)
         # g_j is J times what worker j added to the gradient, 1/W of what it measured.
         sum_sq *= (self.micro_batches * gradient_scale) ** 2
         return GradientStatistics.between_workers(

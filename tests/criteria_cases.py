@@ -25,7 +25,7 @@ def statistics(g: Tensor, **more: Any) -> ak.GradientStatistics:
         coordinate_variance={"a": g.var(0)[:2], "b": g.var(0)[2:]},
         inner_products=g @ mean,
         accumulators={"a": torch.full((2,), 4.0), "b": 9.0 + torch.zeros(g.shape[1] - 2)},
-        **{"loss": 0.5, "lr": 0.25, **more},
+        **{"loss": 0.5, "lr": 0.25, "workers": n, **more},
     )
 
 
@@ -45,6 +45,8 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
     "norm, finite": lambda: ak.NormTest(0.5, dataset_size=1000),
     "inner product": lambda: ak.InnerProductTest(0.5),
     "orthogonality": lambda: ak.OrthogonalityTest(0.5),
+    "inner product, all": lambda: ak.InnerProductTest(0.5, every_sample=True),
+    "augmented, all": lambda: ak.AugmentedInnerProductTest(0.5, 0.7, every_sample=True),
     "augmented": lambda: ak.AugmentedInnerProductTest(0.5, 0.7),
     "coordinate, max": lambda: ak.CoordinateNormTest(0.5),
     "coordinate, quantile": lambda: ak.CoordinateNormTest(0.5, "quantile", quantile=0.7),
@@ -56,9 +58,16 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
     "averaged, coordinate": lambda: ak.Averaged(ak.CoordinateNormTest(0.5)),
     "CABS": ak.CABS,
 }
-every_criterion = pytest.mark.parametrize("make", CRITERIA.values(), ids=CRITERIA.keys())
+EVERY_CRITERION = {
+    **CRITERIA,
+    "workers": lambda: ak.WorkerNormTest(0.5),
+    "workers, printed": lambda: ak.WorkerNormTest(0.5, printed=True),
+}
+every_criterion = pytest.mark.parametrize(
+    "make", EVERY_CRITERION.values(), ids=EVERY_CRITERION.keys()
+)
 scale_free = pytest.mark.parametrize(
-    "make", [make for name, make in CRITERIA.items() if name != "CABS"]
+    "make", [make for name, make in EVERY_CRITERION.items() if name != "CABS"]
 )
 
 

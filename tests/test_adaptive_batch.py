@@ -81,6 +81,28 @@ def test_state_dict_continues_bit_for_bit() -> None:
     assert opt2.samples == opt.samples
 
 
+def test_unfrozen_parameters_join_the_inner_optimizer() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    sgd = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    opt = ak.AdaptiveBatch(model, sgd, batch_size=8, max_batch_size=8)
+    data = batches(6, 8)
+    train(model, opt, data[:3])
+    model[0].requires_grad_(True)
+    mse(model, data[3]).backward()
+    with pytest.raises(RuntimeError, match=r"'0.weight' has a gradient but is in none"):
+        opt.step()
+    opt.zero_grad()
+    sgd.add_param_group({"params": list(model[0].parameters()), "lr": 0.01})
+    before = model[0].weight.clone()
+    mse(model, data[4]).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    opt.step()
+    torch.testing.assert_close(model[0].weight, before - 0.01 * grads[0])
+    norm_sq = torch.cat([g.flatten() for g in grads]).square().sum()
+    torch.testing.assert_close(opt.statistics.grad_norm_sq, norm_sq)
+
+
 def test_the_inner_optimizer_takes_schedulers() -> None:
     model = network()
     opt = ak.AdaptiveBatch(model, torch.optim.SGD(model.parameters(), lr=0.1))

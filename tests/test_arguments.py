@@ -39,6 +39,7 @@ own_optimizers = pytest.mark.parametrize("make", [diagonal, scalar])
         ({"batch_size": 16, "max_batch_size": 8}, "max_batch_size .8. is smaller"),
         ({"growth_limit": 1.0}, "growth_limit"),
         ({"multiple_of": 3}, "multiple of multiple_of"),
+        ({"sizes": [16, 32]}, "one of sizes"),
         ({"every": 0}, "every"),
         ({"smoothing": 1.0}, "smoothing"),
         ({"patience": 0}, "patience"),

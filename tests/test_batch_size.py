@@ -129,6 +129,92 @@ def test_rounding_by_hand() -> None:
     assert feed(controller, [5000])[-1] == 1030 - 1030 % controller.micro_batches()[0]
 
 
+@st.composite
+def compiled(draw: st.DrawFn) -> BatchSizeController:
+    """With `sizes`, and a loader that can serve them on so many processes."""
+    processes, multiple_of = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    unit = math.lcm(processes, multiple_of)
+    limit = math.lcm(unit, draw(st.integers(1, 20)) * processes)  # largest micro-batch of all
+    small = draw(st.lists(st.integers(1, limit // unit), max_size=3))
+    large = draw(st.lists(st.integers(1, 50), min_size=1, max_size=3))
+    sizes = [unit * k for k in small] + [limit * k for k in large]
+    controller = BatchSizeController(
+        draw(st.sampled_from(sizes)), max(sizes), multiple_of=multiple_of, sizes=sizes,
+        growth_limit=draw(st.one_of(st.none(), st.floats(1.01, 5))),
+        monotone=draw(st.booleans()),
+    )  # fmt: skip
+    controller.limit_micro_batches(limit // processes, processes)
+    return controller
+
+
+@given(compiled(), suggestions)
+def test_few_sizes_for_compiled_graphs(
+    controller: BatchSizeController, found: list[int | None]
+) -> None:
+    """Each suggestion becomes the next of the sizes; the shapes are no more than these."""
+    sizes, shapes = controller.sizes, set()
+    for suggestion in found:
+        before = controller.batch_size
+        after = feed(controller, [suggestion])[-1]
+        assert after in sizes
+        if suggestion is not None and controller.growth_limit is None:
+            wanted = next((size for size in sizes if size >= suggestion), sizes[-1])
+            assert after == (max(wanted, before) if controller.monotone else wanted)
+        size, count = controller.micro_batches()
+        assert size * count == after
+        assert size % math.lcm(controller.processes, controller.multiple_of) == 0
+        assert size <= controller.max_micro_batch_size * controller.processes
+        shapes.add(size)
+    assert len(shapes) <= len(sizes)
+
+
+def test_sizes_by_hand() -> None:
+    controller = BatchSizeController(8, 60000, sizes=[4096, 8, 512, 64])
+    controller.limit_micro_batches(512)
+    assert controller.max_batch_size == 4096
+    served = []
+    for suggestion in (8, 9, 64, 65, 513, UNBOUNDED):
+        feed(controller, [suggestion])
+        served.append(controller.micro_batches())
+    assert served == [(8, 1), (64, 1), (64, 1), (512, 1), (512, 8), (512, 8)]
+
+
+@pytest.mark.parametrize(
+    ("options", "micro", "message"),
+    [
+        ({"sizes": [4, 16]}, None, r"batch_size \(8\) must be one of sizes, got \[4, 16\]"),
+        ({"sizes": [8, 5000]}, None, r"largest of sizes \(5000\) is larger than max_batch_size"),
+        ({"sizes": [8, 18], "multiple_of": 4}, None, r"multiples of multiple_of \(4\), got 18"),
+        ({"sizes": [8, 8.5]}, None, "sizes must be a whole number"),
+        ({"sizes": []}, None, "must be one of sizes"),
+        ({"sizes": [8, 4096]}, (100, 1), "take max_micro_batch_size=64, or a multiple of 100"),
+        ({"sizes": [8, 4096]}, (100, 2), "take max_micro_batch_size=64, or a multiple of 200"),
+        ({"sizes": [8, 64]}, (512, 3), "8, one of sizes, does not divide among 3 processes"),
+        (
+            {"sizes": [8, 60], "multiple_of": 4}, (512, 8),
+            "60, one of sizes, does not divide among 8 processes in multiples of 4",
+        ),
+    ],
+)  # fmt: skip
+def test_sizes_that_cannot_be_served(
+    options: dict[str, Any], micro: tuple[int, int] | None, message: str
+) -> None:
+    def make() -> None:
+        controller = BatchSizeController(8, 4096, **options)
+        if micro is not None:
+            controller.limit_micro_batches(*micro)
+
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_saved_size_above_the_largest() -> None:
+    saved = BatchSizeController(128, 4096).state_dict()
+    controller = BatchSizeController(8, 4096, sizes=[8, 64])
+    with pytest.raises(ValueError, match=r"saved batch size 128 is larger than max_batch_size .64"):
+        controller.load_state_dict(saved)
+
+
 @given(st.integers(1, 4), st.integers(1, 20))
 def test_tests_every_so_many_steps(every: int, steps: int) -> None:
     controller = BatchSizeController(2, 10**9, every=every)

@@ -149,22 +149,37 @@ def test_states_by_parameter_name(kind: str, tmp_path: Path) -> None:
     assert_equal(everything(resumed), everything(straight))
 
 
-def test_averages_of_coordinates(tmp_path: Path) -> None:
-    criterion = ak.CoordinateNormTest(0.6, aggregate="quantile")
+@every_way
+@pytest.mark.parametrize("aggregate", ["quantile", "adagrad"])
+def test_averages_of_coordinates(
+    aggregate: str, save_and_load: SaveAndLoad, tmp_path: Path
+) -> None:
+    """Two tensors as large as the model, which a new run has before its first step."""
+    criterion = ak.CoordinateNormTest(0.6, aggregate=aggregate)
 
     def run(seed: int = 0) -> Training:
         return fresh("AdAdaGrad", seed=seed, criterion=ak.Averaged(criterion, decay=0.5))
 
     straight, first, resumed = run(), run(), run(seed=1)
-    advance(straight, 12)
-    advance(first, 5)
-    # Before its first step the new run has no averages that DCP could fill: taken as one object.
-    path = tmp_path / "whole"
-    torch.save(everything(first), path)
-    for name, value in torch.load(path, weights_only=True).items():
-        getattr(resumed, name).load_state_dict(value)
-    advance(resumed, 7)
+    sizes = advance(straight, 12)
+    begun = advance(first, 5)
+    save_and_load(first, resumed, tmp_path)
+    assert_equal(everything(resumed), everything(first))
+    assert begun + advance(resumed, 7) == sizes
     assert_equal(everything(resumed), everything(straight))
+
+
+def test_a_state_before_the_first_step_changes_nothing() -> None:
+    """The averages in it are zeros, not the first step's."""
+    runs = [fresh("AdAdaGrad", criterion=ak.Averaged(ak.CoordinateNormTest(0.6))) for _ in range(2)]
+    averages = runs[0].optimizer.state_dict()["adaptive"]["criterion"]["averages"]
+    for side in averages[0].values():
+        shapes = {name: p.shape for name, p in runs[0].model.named_parameters()}
+        assert {name: value.shape for name, value in side.items()} == shapes
+        assert not any(value.any() for value in side.values())
+    for run in runs:
+        advance(run, 4)
+    assert_equal(everything(runs[0]), everything(runs[1]))
 
 
 def unfreeze(run: Training) -> None:

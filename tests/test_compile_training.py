@@ -1,4 +1,4 @@
-"""Whole training runs with forward and loss compiled, batches growing."""
+"""Whole training runs, compiled, with growing batches."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -40,14 +40,23 @@ class Run(NamedTuple):
     graphs: int
 
 
-def train(kind: str, backend: str | None, dynamic: bool | None = None) -> Run:
-    """Trains; the forward pass and the loss are one compiled function unless backend is None."""
+def train(
+    kind: str,
+    backend: str | None,
+    dynamic: bool | None = None,
+    whole: bool = False,
+    **options: object,
+) -> Run:
+    """Trains; the forward pass and the loss are one compiled function unless backend is None.
+
+    If `whole` the compiled function is the whole step, with backward(), step() and zero_grad().
+    """
     torch.manual_seed(0)
     make, data = MODELS[kind]
     model = make().double()
     opt = ak.AdAdaGrad(
         model, lr=0.02, criterion=ak.NormTest(0.5), batch_size=4, max_batch_size=96,
-        growth_limit=1.6, initial_accumulator_value=1e-2,
+        growth_limit=1.6, initial_accumulator_value=1e-2, **options,
     )  # fmt: skip
     loader = ak.AdaptiveDataLoader(data(), opt, max_micro_batch_size=40)
     counter = CompileCounterWithBackend(backend or "eager")
@@ -56,30 +65,46 @@ def train(kind: str, backend: str | None, dynamic: bool | None = None) -> Run:
         return cross_entropy(model(x), y)
 
     loss_fn = loss_of
-    if backend is not None:
+    if backend is not None and not whole:
         loss_fn = torch.compile(loss_of, fullgraph=True, backend=counter, dynamic=dynamic)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        loss_fn(x, y).backward()
+        opt.step()
+        opt.zero_grad()
+
+    if whole:
+        step = torch.compile(step, backend=counter, dynamic=dynamic)
     sizes, micro_sizes = [], set()
     while True:
         for x, y in loader:
-            loss_fn(x.double() if x.is_floating_point() else x, y).backward()
+            step(x.double() if x.is_floating_point() else x, y)
             micro_sizes.add(len(x))
-            opt.step(), opt.zero_grad()
             if opt.updated:
                 sizes.append(opt.statistics.batch_size)
             if len(sizes) == UPDATES:
                 return Run(weights(model), sizes, micro_sizes, counter.frame_count)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_same_run_as_in_eager_mode_with_few_graphs(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "whole"), [("cnn", False), ("cnn", True), ("transformer", True)])
+def test_same_run_as_in_eager_mode_with_few_graphs(kind: str, whole: bool) -> None:
     eager = train(kind, None)
-    compiled = train(kind, "aot_eager")
+    compiled = train(kind, "aot_eager", whole=whole)
     assert compiled.sizes == eager.sizes
     torch.testing.assert_close(compiled.weights, eager.weights, rtol=1e-9, atol=1e-11)
     assert len(compiled.micro_sizes) >= 6
     assert compiled.sizes[-1] > 40  # several micro-batches
     # One for the first size and one for any; torch's convolution may split it by algorithm.
     assert 1 <= compiled.graphs <= 3
+
+
+def test_a_graph_for_each_of_a_few_sizes() -> None:
+    """Static shapes: one graph for every micro-batch shape, which `sizes` keeps few."""
+    sizes = [4, 16, 32, 96]  # the last as three of 32
+    compiled = train("cnn", "aot_eager", dynamic=False, sizes=sizes)
+    assert sorted(set(compiled.sizes)) == sizes
+    assert compiled.micro_sizes == {4, 16, 32}
+    assert compiled.graphs == 3
 
 
 @pytest.mark.slow

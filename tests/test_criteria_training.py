@@ -69,12 +69,17 @@ class TestTraining:
         assert opt.decision.passed == decision.passed
 
     @pytest.mark.parametrize(
-        "make", [make for make in CRITERIA.values() if "inner_products" not in make().needs]
+        "make",
+        [
+            make
+            for make in CRITERIA.values()
+            if "inner_products" not in make().needs or "all_inner_products" in make().needs
+        ],
     )
     def test_the_split_into_micro_batches_does_not_matter(
         self, make: Callable[[], Criterion]
     ) -> None:
-        """To rounding. (Inner products, of the last micro-batch's samples, are tested below.)"""
+        """To rounding. (Inner products of the last micro-batch's samples alone: see below.)"""
         decisions = []
         for size in (12, 3):
             model = network()
@@ -97,6 +102,16 @@ class TestTraining:
         truth = per_sample(model, F.mse_loss, x, y)
         train(model, opt, list(zip(x.split(4), y.split(4), strict=True)))
         torch.testing.assert_close(opt.statistics.inner_products, truth.inner_products[8:])
+
+    @pytest.mark.parametrize("size", [1, 3, 4])
+    def test_inner_products_of_every_sample_under_accumulation(self, size: int) -> None:
+        model = network()
+        test = ak.InnerProductTest(every_sample=True)
+        opt = ak.AdAdaGrad(model, 0.1, test, batch_size=12, max_batch_size=12)
+        for batch in batches(2, 12):  # the second: nothing is left of the first
+            truth = per_sample(model, F.mse_loss, *batch)
+            train(model, opt, list(zip(*(t.split(size) for t in batch), strict=True)))
+            torch.testing.assert_close(opt.statistics.inner_products, truth.inner_products)
 
     def test_cabs_shrinks_and_grows(self) -> None:
         model = network()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from adagrad_kernels import AdaptiveDataLoader, BatchSizeController, Decision
 
@@ -231,6 +231,68 @@ def test_datasets(dataset: Dataset[Any], collate: Any, expected: Any, num_worker
     torch.testing.assert_close(next(iter(loader)), expected)
 
 
+class TestWeights:
+    """Draws with replacement; `WeightedRandomSampler`, resumable and shared among processes."""
+
+    def test_frequencies(self) -> None:
+        """Within 5 standard errors of the binomial distribution, and never where a weight is 0."""
+        weights = torch.tensor([0.0, 1.0, 2.0, 0.0, 5.0, 0.0])
+        drawn = torch.tensor(stream(make(6, weights=weights), [], 6000)).bincount(minlength=6)
+        p = weights.double() / weights.sum()
+        error = (6000 * p * (1 - p)).sqrt()
+        assert ((drawn - 6000 * p).abs() <= 5 * error).all()
+
+    @given(lengths, sizes, sizes, st.integers(1, 20))
+    def test_the_order_depends_on_seed_and_weights_alone(
+        self, length: int, one: list[int], other: list[int], micro: int
+    ) -> None:
+        weights = [1.0 + k % 3 for k in range(length)]
+        expected = stream(make(length, weights=weights), one, 3 * length)
+        loader = make(length, weights=weights, max_micro_batch_size=micro)
+        assert stream(loader, other, 3 * length) == expected
+
+    def test_resumed_and_shared(self) -> None:
+        weights = torch.arange(1.0, 31.0)
+        expected = stream(make(30, batch_size=4, weights=weights), [], 60)
+        served: list[int] = []
+        state = None
+        for _ in range(5):
+            parts = [
+                make(30, batch_size=4, weights=weights, rank=r, world_size=2) for r in range(2)
+            ]
+            for loader in parts:
+                if state is not None:
+                    loader.load_state_dict(state)
+            for micro_batches in itertools.islice(zip(*map(endless, parts), strict=True), 3):
+                served += [i for (x,) in micro_batches for i in x.tolist()]
+            state = parts[0].state_dict()
+        assert served == expected
+
+    def test_equal_weights_are_not_a_permutation(self) -> None:
+        assert len(set(stream(make(50, weights=[1.0] * 50), [], 50))) < 50
+
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            ([1.0, 2.0], r"shape \[3\], got \[2\]"),
+            ([1.0, -1.0, 1.0], "none negative"),
+            ([1.0, float("nan"), 1.0], "finite"),
+            ([0.0, 0.0, 0.0], "not all zero"),
+        ],
+    )
+    def test_no_distribution(self, weights: list[float], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            make(3, weights=weights)
+
+    def test_contradictions(self) -> None:
+        with pytest.raises(ValueError, match="shuffle=False rules out"):
+            make(3, weights=[1.0, 1.0, 1.0], shuffle=False)
+        state = make(3, weights=[1.0, 1.0, 1.0]).state_dict()
+        for other in (None, [1.0, 1.0, 2.0]):
+            with pytest.raises(ValueError, match="weights"):
+                make(3, weights=other).load_state_dict(state)
+
+
 class TestErrors:
     """Wrong datasets and states are refused, with the reason."""
 
@@ -245,6 +307,15 @@ class TestErrors:
     def test_dataset_without_a_length(self) -> None:
         with pytest.raises(TypeError, match="length"):
             AdaptiveDataLoader(Dataset(), BatchSizeController(2, 2))
+
+    def test_another_loader(self) -> None:
+        with pytest.raises(TypeError, match="map-style dataset with a length, got DataLoader"):
+            AdaptiveDataLoader(DataLoader(Numbers(4)), BatchSizeController(2, 2))
+
+    @pytest.mark.parametrize("name", ["sampler", "batch_sampler", "batch_size", "drop_last"])
+    def test_what_the_loader_decides_itself(self, name: str) -> None:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            AdaptiveDataLoader(Numbers(4), BatchSizeController(2, 2), **{name: None})
 
     def test_empty_dataset(self) -> None:
         with pytest.raises(ValueError, match="empty"):

@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import distributed_scenarios as scenarios
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from distributed_processes import run, torchrun
 from per_sample import PerSample, per_sample
@@ -96,15 +98,18 @@ def test_statistics_of_micro_batches_that_are_averaged_one_by_one(ddp: Results) 
         torch.testing.assert_close(found["sample_norms_sq"], norms[:, rank].flatten(), **CLOSE)
 
 
-def test_variance_between_workers(ddp: Results) -> None:
-    truth = truth_of(24)
+def assert_workers(several: list[dict[str, Any]], model: nn.Module) -> None:
+    truth = truth_of(24, model)
     means = truth.g.view(2 * scenarios.MICRO_BATCHES, 4, -1).mean(1)
-    for result in ddp:
-        found = result["workers"]
+    for found in several:
         assert found["workers"] == len(means)
         assert found["batch_size"] == 24
         torch.testing.assert_close(found["grad_norm_sq"], truth.mean_norm_sq, **CLOSE)
         torch.testing.assert_close(found["variance_trace"], 4 * means.var(0).sum(), **CLOSE)
+
+
+def test_variance_between_workers(ddp: Results) -> None:
+    assert_workers([result["workers"] for result in ddp], network())
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped given", "module given"])
@@ -127,6 +132,12 @@ def test_data_parallel_training(ddp: Results, kind: str, wrapped: bool) -> None:
     [
         ("coordinates", "AdAdaGrad", ak.CoordinateNormTest(2.0, "quantile"), True),
         ("inner products", "AdAdaGrad", ak.InnerProductTest(0.3), True),
+        (
+            "all inner products",
+            "AdAdaGrad",
+            ak.InnerProductTest(0.3, every_sample=True),
+            True,
+        ),
         ("loss", "AdaptiveBatch", ak.CABS(), False),  # but the ratio tells of the loss
     ],
 )
@@ -135,6 +146,46 @@ def test_data_parallel_training_with_other_tests(
 ) -> None:
     one = scenarios.train_alone(kind, network(), 2, criterion)
     assert_same_training([result[name] for result in ddp], one, grows)
+
+
+def assert_clips(one: dict[str, Any]) -> None:
+    """At some steps, not at all."""
+    clipped = [norm_sq > scenarios.CLIP**2 for norm_sq in one["norms"]]
+    assert any(clipped)
+    assert not all(clipped)
+
+
+@pytest.mark.parametrize("kind", scenarios.KINDS)
+def test_clipped_training(ddp: Results, kind: str) -> None:
+    """By the norm of the global gradient; the tests see it as it is."""
+    one = scenarios.train_alone(kind, network(), world=2, max_grad_norm=scenarios.CLIP)
+    assert_clips(one)
+    assert_same_training([result["clipped"][kind] for result in ddp], one)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("norm", {"c10d.allreduce_": 1}),
+        ("every second", {"c10d.allreduce_": 1}),
+        ("workers", {"c10d.allreduce_": 1}),
+        ("coordinates", {"c10d.allreduce_": 2}),  # one buffer of coordinates
+        ("inner products", {"c10d.allreduce_": 1, "c10d.allgather_": 1}),
+        ("clipped", {"c10d.allreduce_": 2}),  # the norm, before the update
+    ],
+)
+def test_one_reduction_of_numbers_a_tested_step(
+    ddp: Results, name: str, expected: dict[str, int]
+) -> None:
+    """None while a batch is accumulated, none of a step that is not tested."""
+    for result in ddp:
+        counts = result["collectives"][name]
+        last_micro_batches = counts[3::2]  # of all batches but the first
+        assert counts[2::2] == [{}] * len(last_micro_batches)
+        if name == "every second":
+            assert last_micro_batches == [{}, expected, {}]
+        else:
+            assert last_micro_batches == [expected] * 3
 
 
 def test_parameters_without_gradient(ddp: Results) -> None:
@@ -245,6 +296,12 @@ def test_statistics_of_sharded_parameters(fsdp: Results, first: str) -> None:
         assert found["layers are plain again"]
 
 
+def alone(kind: str, criterion: Any = None, world: int = 2, **options: Any) -> dict[str, Any]:
+    """What training with sharded parameters must be like."""
+    samples = scenarios.SHARDED_SAMPLES
+    return scenarios.train_alone(kind, scenarios.uneven(), world, criterion, samples, **options)
+
+
 def assert_same_sharded_training(several: list[dict[str, Any]], one: dict[str, Any]) -> None:
     assert_same_training(several, one)
     for found in several:
@@ -256,30 +313,111 @@ def assert_same_sharded_training(several: list[dict[str, Any]], one: dict[str, A
 
 @pytest.mark.parametrize("kind", scenarios.KINDS)
 def test_sharded_training(fsdp: Results, kind: str) -> None:
-    one = scenarios.train_alone(kind, scenarios.uneven(), world=2, samples=500)
+    one = alone(kind)
     assert_same_sharded_training([result["training"][kind] for result in fsdp], one)
 
 
 @pytest.mark.parametrize("kind", scenarios.KINDS[:2])
 def test_training_with_copies_of_shards(fsdp: Results, kind: str) -> None:
-    one = scenarios.train_alone(kind, scenarios.uneven(), world=2, samples=500)
+    one = alone(kind)
     assert_same_sharded_training([result["copies"][kind] for result in fsdp], one)
 
 
 def test_sharded_training_by_inner_products(fsdp: Results) -> None:
-    one = scenarios.train_alone("AdAdaGrad", scenarios.uneven(), 2, ak.InnerProductTest(0.3), 500)
+    one = alone("AdAdaGrad", ak.InnerProductTest(0.3))
     assert_same_sharded_training([result["inner products"] for result in fsdp], one)
 
 
-def test_what_sharded_parameters_do_not_allow(fsdp: Results) -> None:
-    for result in fsdp:
-        assert "coordinates of sharded parameters cannot be measured" in result["coordinates"]
-        assert "WorkerNormTest cannot see the gradients of sharded" in result["workers"]
+@pytest.mark.parametrize("kind", scenarios.KINDS)
+def test_clipped_training_with_shards(fsdp: Results, kind: str) -> None:
+    one = alone(kind, max_grad_norm=scenarios.CLIP)
+    assert_clips(one)
+    assert_same_sharded_training([result["clipped"][kind] for result in fsdp], one)
 
 
-def test_state_of_sharded_accumulators(fsdp: Results) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name, (kinds, _) in scenarios.COORDINATES.items() for kind in kinds],
+)
+def test_sharded_training_by_coordinates(fsdp: Results, name: str, kind: str) -> None:
+    one = alone(kind, scenarios.COORDINATES[name][1]())
+    assert_same_sharded_training([result["coordinates"][name, kind] for result in fsdp], one)
+
+
+def test_training_by_coordinates_with_copies_of_shards(fsdp: Results) -> None:
+    one = alone("AdAdaGrad", scenarios.COORDINATES["quantile"][1]())
+    assert_same_sharded_training([result["coordinates of copies"] for result in fsdp], one)
+
+
+@pytest.mark.parametrize(("name", "make"), [("uneven", scenarios.uneven), ("tied", scenarios.Tied)])
+def test_coordinates_of_sharded_parameters(
+    fsdp: Results, name: str, make: Callable[[], nn.Module]
+) -> None:
     for result in fsdp:
-        assert torch.equal(result["state"]["whole"], result["state"]["resumed"])
+        found, truth = result["by coordinate"][name], truth_of(12, make())
+        assert_statistics(found, truth)
+        assert_coordinates(found, truth)
+        # One buffer of coordinates, one of numbers.
+        assert sorted(found["collectives"].values()) == [1, 1]
+        assert any("reduce_scatter" in op for op in found["collectives"])
+
+
+@pytest.mark.parametrize("every", [True, False], ids=["every micro-batch", "the last"])
+def test_when_the_gradients_of_shards_are_averaged(fsdp: Results, every: bool) -> None:
+    """`set_requires_gradient_sync(False)` in all micro-batches but the last changes nothing."""
+    assert_workers([result["batch"]["workers", every] for result in fsdp], scenarios.uneven())
+    for result in fsdp:
+        assert_statistics(result["batch"]["norm", every], truth_of(24, scenarios.uneven()))
+
+
+def test_worker_training_with_shards(fsdp: Results) -> None:
+    (one, *_) = [result["the same, not sharded"] for result in fsdp]
+    assert_same_sharded_training([result["worker training"] for result in fsdp], one)
+
+
+@pytest.mark.parametrize("name", scenarios.STATES)
+def test_state_of_sharded_accumulators(fsdp: Results, name: str) -> None:
+    """Straight on, from a state_dict, and from a distributed checkpoint."""
+    for result in fsdp:
+        found = result["states"][name]
+        straight, resumed, loaded = found["weights"]
+        assert torch.equal(resumed, straight)
+        assert torch.equal(loaded, straight)
+        assert found["sizes"][1] == found["sizes"][2] == found["sizes"][0]
+        assert found["sizes"][0][-1] > 4
+
+
+@pytest.mark.parametrize("name", scenarios.STATES)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or")
+def test_one_process_goes_on_from_the_checkpoint_of_two(
+    fsdp: Results, name: str, tmp_path: Path
+) -> None:
+    saved = fsdp[0]["states"][name]
+    for file, content in saved["files"].items():
+        (tmp_path / file).write_bytes(content)
+    model = scenarios.uneven()
+    opt = scenarios.optimizer("AdAdaGrad", model, criterion=scenarios.STATES[name](), multiple_of=2)
+    dcp.load({"model": model, "optimizer": opt}, checkpoint_id=tmp_path)
+    record = scenarios.train(model, opt, micro=16, samples=200)
+    assert record["sizes"] == saved["sizes"][0]
+    torch.testing.assert_close(weights(model), saved["weights"][0], **CLOSE)
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path: Path) -> None:
+    results = run(scenarios.four, 4, tmp_path)
+    one = scenarios.train_alone("AdAdaGrad", network(), world=4)
+    assert_same_training([result["copies"] for result in results], one)
+    quantile = scenarios.COORDINATES["quantile"][1]
+    for name, kind, criterion in [
+        ("shards", "AdAdaGrad", quantile()),
+        ("both", "AdAdaGradNorm", None),
+        ("both, coordinates", "AdAdaGrad", quantile()),
+    ]:
+        one = alone(kind, criterion, world=4)
+        assert_same_sharded_training([result[name] for result in results], one)
+    for result in results:
+        assert "shard them over one dimension of their mesh" in result["sharded twice"]
 
 
 # The command line

@@ -336,6 +336,8 @@ def test_lazy_layers() -> None:
 def test_arguments_out_of_range() -> None:
     with pytest.raises(ValueError, match="fallback"):
         ak.observe(nn.Linear(2, 2), fallback="skip")
+    with pytest.raises(ValueError, match="inner_products must be False, True or"):
+        ak.observe(nn.Linear(2, 2), inner_products="some")
 
 
 def test_inputs_without_a_sample_dimension(device: torch.device) -> None:

@@ -280,3 +280,36 @@ def test_batch_norm_on_batches_of_one_is_another_function() -> None:
     # mean ⟨g_i, ḡ⟩ = ⟨mean g_i, ḡ⟩ = ‖ḡ‖²
     torch.testing.assert_close(s.inner_products.mean(), grad.square().sum(), rtol=1e-10, atol=0)
     assert (alone.g @ grad).mean() != pytest.approx(grad.square().sum().item(), rel=0.05)
+
+
+def test_inner_products_under_accumulation_are_not_refused() -> None:
+    """Their code stops with an error; here those of the last micro-batch are exact."""
+    model = network()
+    data = batches(4, 3)
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    truth = per_sample(model, squares, x, y)
+    opt = ak.AdAdaGrad(
+        model, criterion=ak.AugmentedInnerProductTest(), batch_size=12, max_batch_size=100
+    )
+    for part in data:
+        squares(model(part[0]), part[1]).backward()
+        opt.step()
+        opt.zero_grad()
+    assert opt.statistics is not None
+    torch.testing.assert_close(opt.statistics.inner_products, truth.inner_products[9:])
+    assert opt.decision is not None
+    assert opt.decision.tested
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_another_micro_batch_goes_on_in_the_data(num_workers: int) -> None:
+    """Their loader starts a new permutation: samples come twice, or not at all, in an epoch."""
+    controller = ak.BatchSizeController(4, 60)
+    dataset = torch.utils.data.TensorDataset(torch.arange(60))
+    loader = ak.AdaptiveDataLoader(dataset, controller, 16, num_workers=num_workers)
+    served: list[int] = []
+    for (indices,) in loader:
+        served += indices.tolist()
+        controller.advance(ak.Decision(False, controller.batch_size + 8, 2.0))
+    assert controller.batch_size > 16, "nothing was accumulated"
+    assert sorted(served[:60]) == list(range(60))

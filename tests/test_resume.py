@@ -28,7 +28,7 @@ def assert_same_state(a: Path, b: Path) -> None:
     """Weights, accumulators, batch size and place in the data, bit for bit."""
     one, other = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (a, b))
     for state in (one, other):
-        del state["seconds"]
+        del state["seconds"], state["cpu_seconds"]
         for key in ("data_dir", "samples", "device"):
             del state["settings"][key]
     assert_identical(one, other, "")
@@ -53,15 +53,15 @@ def assert_identical(one: object, other: object, where: str) -> None:
 
 def signal_after(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> None:
     """The process gets the signal during this step of the next run, once."""
-    plain = training._Run.step
+    plain = training.RunState.step
 
-    def interrupted(self: training._Run, log) -> None:
+    def interrupted(self: training.RunState, log) -> None:
         if self.steps == step - 1:
-            monkeypatch.setattr(training._Run, "step", plain)
+            monkeypatch.setattr(training.RunState, "step", plain)
             signal.raise_signal(signum)
         plain(self, log)
 
-    monkeypatch.setattr(training._Run, "step", interrupted)
+    monkeypatch.setattr(training.RunState, "step", interrupted)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

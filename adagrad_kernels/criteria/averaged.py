@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..statistics import GradientStatistics
-from .base import Comparison, Decision, Quantity, VarianceTest, apply
+from .base import Comparison, Decision, Quantity, VarianceTest
 
 _Sides = list[tuple[Quantity, Quantity]]
 
@@ -89,13 +92,63 @@ class Averaged:
     def _mix(self, old: Quantity, new: Quantity) -> Quantity:
         if isinstance(new, dict):
             past = old if isinstance(old, dict) else {}
-            old = {name: past.get(name, value.new_zeros(())) for name, value in new.items()}
-        return apply(lambda o, n: self.decay * o + (1 - self.decay) * n, old, new)
+            return {name: self._average(past.get(name, 0.0), value) for name, value in new.items()}
+        return self._average(old, new)
+
+    def _average(self, old: Any, new: Any) -> Any:
+        return self.decay * old + (1 - self.decay) * new
+
+    def reserve(self, parameters: Mapping[str, Tensor]) -> None:
+        """Makes the averages of a coordinate-wise test, zeros for parameters that have none.
+
+        They count as none, but `torch.distributed.checkpoint` only fills tensors that are there:
+        the optimizers call it before they give their state.
+
+        Args:
+            parameters: those that are measured, by name; averages are laid out like them.
+        """
+        known = self._averages and self._averages[0][0]
+        if "coordinates" not in self.needs or isinstance(known, float):
+            return
+        if isinstance(known, dict) and parameters.keys() <= known.keys():
+            return
+        zeros = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+        nothing = GradientStatistics(
+            2, 0.0, 0.0, coordinate_mean=zeros, coordinate_variance=zeros, accumulators=zeros
+        )
+        sides = [(c.noise, c.signal) for c in self.criterion.compare(nothing)]
+        if not any(isinstance(noise, dict) for noise, _ in sides):
+            return
+        averages = self._averages or [(0.0, 0.0)] * len(sides)
+        self._averages = [
+            (_filled(old[0], new[0]), _filled(old[1], new[1]))
+            for old, new in zip(averages, sides, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages."""
-        return {"averages": self._averages}
+        """The averages: None, pairs of numbers, or dictionaries of coordinates."""
+        if self._averages is None:
+            return {"averages": None}
+        return {
+            "averages": [
+                {"noise": noise, "signal": signal} if isinstance(noise, dict) else (noise, signal)
+                for noise, signal in self._averages
+            ]
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`."""
-        self._averages = state["averages"]
+        averages = state["averages"]
+        if averages is not None:
+            averages = [
+                (side["noise"], side["signal"]) if isinstance(side, dict) else tuple(side)
+                for side in averages
+            ]
+        self._averages = averages
+
+
+def _filled(old: Quantity, new: Quantity) -> Quantity:
+    """The old averages, and what new has beyond."""
+    if not isinstance(new, dict):
+        return old
+    return {**new, **(old if isinstance(old, dict) else {})}

@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..distributed import local, whole
+from ..shards import in_layout, pooled
 from ..statistics import GradientStatistics
 
 UNBOUNDED = sys.maxsize
@@ -30,6 +32,12 @@ class Decision:
             also suggests fewer samples than the step had).
         ratio: left side over right side of the test; > 1 fails, NaN where nothing was tested.
         reason: empty, or why no decision was possible.
+
+    Example:
+        >>> s = GradientStatistics(batch_size=4, sum_norms_sq=40.0, mean_norm_sq=1.0)
+        >>> d = NormTest(0.5).evaluate(s)
+        >>> d.passed, d.batch_size, d.tested
+        (False, 48, True)
     """
 
     passed: bool
@@ -50,6 +58,7 @@ class Criterion(Protocol):
     def needs(self) -> frozenset[str]:
         """Beyond norms: of "coordinates", "inner_products", "accumulators", "loss".
 
+        Beside "inner_products" also "all_inner_products": of all micro-batches, not the last one.
         Or "workers" alone: mean gradients of micro-batches, none of single samples.
         """
         ...
@@ -118,12 +127,16 @@ def _ratio_of_coordinates(
     """The quantile of noise_j / signal_j: the least value that covers this part of all j."""
     ratios = []
     for name, n in noise.items():
-        ratio = torch.where(signal[name] > 0, n / signal[name], torch.inf)
-        ratios.append(torch.where(n > 0, ratio, 0.0).flatten())
+        variance, square = local(n), local(signal[name])
+        ratio = torch.where(square > 0, variance / square, torch.inf)
+        ratios.append(torch.where(variance > 0, ratio, 0.0))
     if not ratios:
         return 0.0
+    like = list(noise.values())
     if quantile == 1:
-        return float(torch.stack([r.max() for r in ratios if r.numel()]).max())
+        own = [r.max() if r.numel() else r.new_zeros(()) for r in ratios]
+        return float(pooled(own, like, "max"))
+    ratios = [whole(in_layout(r, t)).flatten() for r, t in zip(ratios, like, strict=True)]
     everything = torch.cat(ratios)
     covered = math.ceil(quantile * everything.numel() - 1e-9)  # 0.7 · 10 is 7.000…01
     return float(everything.kthvalue(max(1, covered)).values)

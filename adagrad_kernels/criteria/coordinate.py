@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..distributed import local
+from ..shards import pooled
 from ..statistics import GradientStatistics
 from .base import Comparison, Decision, GradientTest, check_positive
 
@@ -28,6 +30,11 @@ class CoordinateNormTest(GradientTest):
     - "fraction": as many coordinates may fail as `fraction` of them; the quantile 1 − fraction;
     - "adagrad": errors measured as AdaGrad's step measures gradients,
       Σ_j var_j/√v_j ≤ b η² Σ_j ḡ_j²/√v_j with its accumulators v (`AdAdaGrad` supplies them).
+
+    Where `fully_shard` has sharded the parameters, each rank sums the squares of its own samples
+    in buffers as large as the whole model, and all together then keep shards of the sums. "max"
+    and "adagrad" compare shard by shard; "quantile" and "fraction" gather the ratios of all
+    coordinates on every rank.
 
     Args:
         eta: η > 0, the allowed relative error.
@@ -115,9 +122,12 @@ class CoordinateNormTest(GradientTest):
             )
         sums = []
         for name, variance in noise.items():
-            root = accumulators[name].double().sqrt()
-            for x in (variance, squares[name]):
+            root = local(accumulators[name]).double().sqrt()
+            sides = [
                 # 0/0, a coordinate that never had a gradient, counts as 0
-                sums.append(torch.where(x > 0, x / root, 0.0).sum())
-        values = torch.stack(sums).view(-1, 2).sum(0).tolist()
+                torch.where(x > 0, x / root, 0.0).sum()
+                for x in (local(variance), local(squares[name]))
+            ]
+            sums.append(torch.stack(sides))
+        values = pooled(sums, list(noise.values()), "sum").tolist()
         return Comparison(values[0], values[1], self.eta**2)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..statistics import GradientStatistics
 from .base import Comparison, GradientTest, check_positive
-
-_NEEDS = frozenset({"inner_products"})
 
 
 def _along(s: GradientStatistics) -> float:
@@ -24,11 +22,15 @@ def _across(s: GradientStatistics) -> float:
     return max(s.variance - _along(s), 0.0)
 
 
+@dataclass(frozen=True)
 class _NeedsInnerProducts(GradientTest):
+    every_sample: bool = field(default=False, kw_only=True)
+
     @property
     def needs(self) -> frozenset[str]:
         """The inner products ⟨g_i, ḡ⟩."""
-        return _NEEDS
+        more = {"all_inner_products"} if self.every_sample else set()
+        return frozenset({"inner_products", *more})
 
     def undecidable(self, statistics: GradientStatistics) -> str:
         """Also needs the inner products of two samples."""
@@ -49,6 +51,10 @@ class InnerProductTest(_NeedsInnerProducts):
 
     Args:
         theta: θ > 0; 0.9 in the source, 0.5 in the AdAdaGrad experiments.
+        every_sample: where a batch is accumulated from micro-batches, ḡ is known in the last one
+            only. False measures p_i of its samples: exact for them, an estimate from fewer samples
+            for the batch. True measures all: what the layers' backward passes need is kept until
+            the batch is complete, so that its memory grows with the batch.
         debiased: see `GradientTest`; dataset_size likewise.
 
     Raises:
@@ -88,6 +94,7 @@ class OrthogonalityTest(_NeedsInnerProducts):
 
     Args:
         nu: ν > 0; 5.84 (tan 80°) in the source, 1 in the AdAdaGrad experiments.
+        every_sample: see `InnerProductTest`.
         debiased: see `GradientTest`; dataset_size likewise.
 
     Raises:
@@ -125,6 +132,7 @@ class AugmentedInnerProductTest(_NeedsInnerProducts):
     Args:
         theta: see `InnerProductTest`.
         nu: see `OrthogonalityTest`.
+        every_sample: see `InnerProductTest`.
         debiased: see `GradientTest`; dataset_size likewise.
 
     Raises:

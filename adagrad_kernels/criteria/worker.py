@@ -20,7 +20,9 @@ class WorkerNormTest(NormTest):
     the first batch). Unbiased like the variance between samples, but with J − 1
     instead of N − 1 degrees of freedom. No layer is observed: any model and any layer will do,
     and the plain backward pass runs, at the price of reading each gradient once more. Dimension
-    0 of the first tensor that the model is called with counts the samples.
+    0 of the first tensor that the model is called with counts the samples. Under
+    `DistributedDataParallel` and `fully_shard` each process's gradient is measured before it is
+    averaged.
 
     Args:
         eta: see `NormTest`; debiased and dataset_size likewise.

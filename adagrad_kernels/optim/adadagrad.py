@@ -32,7 +32,10 @@ class AdAdaGrad(AdaptiveAdagrad):
 
     Under `DistributedDataParallel` or `fully_shard` every process runs this loop; batch sizes are
     those of all processes together. Give it the model as it is called, wrapped: then processes
-    average once a batch; if the wrapped module itself is given, once a micro-batch.
+    average once a batch; if the wrapped module itself is given, once a micro-batch. With
+    `fully_shard` gradients are averaged in every micro-batch, since they would take as much
+    memory as the whole model otherwise; where there is room,
+    `model.set_requires_gradient_sync(False)` before all but the last saves that.
 
     A loss that is not finite changes the weights as in torch, but not the batch size, and the
     log (`logging`, "adagrad_kernels") says so.

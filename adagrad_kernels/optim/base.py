@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..criteria import Criterion
 from ..observer import Observer
 from .cycle import BatchCycle, named_trainable
-from .cycled import Cycled
+from .cycled import Cycled, outside_graphs
 
 OPTIONS = ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
 
@@ -101,6 +101,7 @@ class AdaptiveAdagrad(Cycled, Optimizer):
             for p in self.param_groups[-1]["params"]:
                 self._init_state(p, self.param_groups[-1])
 
+    @outside_graphs
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, loss: Any = None
@@ -165,6 +166,7 @@ class AdaptiveAdagrad(Cycled, Optimizer):
             return observer.coordinate_sums([w.param for w in work])
         return []
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch, but does nothing while a batch is being accumulated."""
         if self.cycle.may_zero():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch_size import BatchSizeController
-from ..criteria import Criterion, Decision, NormTest, StatefulCriterion
+from ..criteria import Averaged, Criterion, Decision, NormTest, StatefulCriterion
 from ..distributed import Group, is_data_parallel
 from ..observer import Observer, observe
 from ..statistics import GradientStatistics
@@ -70,7 +70,7 @@ class BatchCycle:
             self.observer = observe(
                 model,
                 coordinates="coordinates" in self.criterion.needs,
-                inner_products="inner_products" in self.criterion.needs,
+                inner_products=_inner_products(self.criterion),
                 fallback=fallback,
                 process_group=process_group,
                 layers=observe_layers,
@@ -81,6 +81,7 @@ class BatchCycle:
         self.statistics: GradientStatistics | None = None
         self.decision: Decision | None = None
         self.updated = False
+        self.micro_batches = 0  # of the last complete batch
         self.updated_in_backward = False  # whether that leaves no gradients for step()
         self._counted = 0
         self._losses: list[Tensor] = []
@@ -187,9 +188,10 @@ class BatchCycle:
         """Reads the scale of the complete batch; False if its gradients are of no use."""
         if not self._loss_scales:
             return True
-        scales = [float(scale) for scale, _ in self._loss_scales]
+        numbers = [scale for scale, _ in self._loss_scales] + [self._loss_scales[-1][1]]
+        *scales, not_finite = torch.stack([t.double().view(()) for t in numbers]).tolist()
         self._loss_scale = scales[-1]
-        if self._loss_scales[-1][1]:
+        if not_finite:
             return False
         if len(set(scales)) > 1:
             logger.warning("a batch is left out: the loss scale changed in the middle of it")
@@ -269,6 +271,7 @@ class BatchCycle:
                 controller.advance(self.decision, statistics, samples)
             else:
                 controller.advance(None, None, samples)
+            self.micro_batches = self._counted
         finally:
             self.forget()
         self.updated = True
@@ -328,6 +331,8 @@ class BatchCycle:
         """The state of controller and criterion."""
         state: dict[str, Any] = {"controller": self.controller.state_dict()}
         if self._memory is not None:
+            if isinstance(self._memory, Averaged):
+                self._memory.reserve(dict(self.observer.parameters()))
             state["criterion"] = self._memory.state_dict()
         return state
 
@@ -337,6 +342,11 @@ class BatchCycle:
         if self._memory is not None and "criterion" in state:
             self._memory.load_state_dict(state["criterion"])
         self.forget()
+
+
+def _inner_products(criterion: Criterion) -> bool | str:
+    """What `observe` is to measure for this test."""
+    return "all" if "all_inner_products" in criterion.needs else "inner_products" in criterion.needs
 
 
 def named_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

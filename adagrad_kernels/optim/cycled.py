@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..batch_size import BatchSizeController
 from ..criteria import Decision
 from ..distributed import Ranks
 from ..observer import Observer
 from ..statistics import GradientStatistics
 from .cycle import BatchCycle, LossScale
+
+outside_graphs = torch._disable_dynamo
+"""Decorates what a compiled function runs in eager mode: decisions and transfers, no arithmetic.
+
+`torch.compiler.disable`, without importing the compiler before it is needed.
+"""
 
 
 class Cycled:
@@ -38,6 +46,11 @@ class Cycled:
     def samples(self) -> int:
         """Samples of all updates so far."""
         return self.cycle.controller.samples
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the last complete batch, on this process; 0 before."""
+        return self.cycle.micro_batches
 
     @property
     def controller(self) -> BatchSizeController:

@@ -14,6 +14,7 @@ from ..criteria import Decision, StatefulCriterion, VarianceTest, WorkerNormTest
 from ..criteria.averaged import Averaged
 from ..distributed import Group, Ranks
 from ..statistics import GradientStatistics
+from .cycled import outside_graphs
 
 
 class LocalAdaptiveBatch:
@@ -46,6 +47,7 @@ class LocalAdaptiveBatch:
         decision: likewise.
         updated: whether the last step() completed a local batch and updated the weights.
         synchronised: whether it also averaged them.
+        micro_batches: those of the last complete batch, on this process; 0 before.
 
     Raises:
         ValueError: local_steps < 1, what `BatchSizeController` raises, or a criterion that needs
@@ -94,6 +96,7 @@ class LocalAdaptiveBatch:
         self.statistics: GradientStatistics | None = None
         self.decision: Decision | None = None
         self.updated = self.synchronised = False
+        self.micro_batches = 0
         self._micro_batches = 0
 
     @property
@@ -106,6 +109,7 @@ class LocalAdaptiveBatch:
         """Samples of all updates so far, of all processes."""
         return self.controller.samples
 
+    @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates when the local batch is complete; every `local_steps` updates synchronises.
 
@@ -126,7 +130,7 @@ class LocalAdaptiveBatch:
             raise RuntimeError("step() without gradients: call backward() before it")
         if count > 1:
             torch._foreach_mul_(grads, 1 / count)
-        self._micro_batches = 0
+        self._micro_batches, self.micro_batches = 0, count
         self.synchronised = (self.controller.steps + 1) % self.local_steps == 0
         decision = self._test(grads, size * count) if self.synchronised else None
         self.optimizer.step()
@@ -157,6 +161,7 @@ class LocalAdaptiveBatch:
 
             utils.average_parameters(iter(self.model.parameters()), self.ranks.group)  # type: ignore[arg-type]
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch, but does nothing while a batch is being accumulated."""
         if not self._micro_batches:
