@@ -1,4 +1,4 @@
-"""The command line: `adagrad-kernels train | plot | info | bench`."""
+"""The command line: `adagrad-kernels train | plot | experiment | profile | info | bench`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from . import show_config
+from . import profiling_cli, show_config
 from ._version import __version__
 from .distributed import Ranks
-from .experiments import comparison, processes, report
+from .experiments import comparison, processes, report, reproduction_cli
 from .experiments.data import DATASETS
 from .experiments.errors import Interrupted, UsageError
 from .experiments.methods import CRITERIA, OPTIMIZERS
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"{PROGRAM}: {error}")
         return 2
     except Interrupted as error:
-        resume = arguments if "--resume" in arguments else [*arguments, "--resume"]
+        goes_on = arguments[:1] == ["experiment"] or "--resume" in arguments
+        resume = arguments if goes_on else [*arguments, "--resume"]
         _say(f"{error}; to go on: {PROGRAM} {shlex.join(resume)}")
         return 130
     except KeyboardInterrupt:
@@ -95,6 +96,12 @@ def plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def experiment(args: argparse.Namespace) -> int:
+    """`experiment`: the paper's experiments."""
+    _show_each_warning_once()
+    return reproduction_cli.main(args)
+
+
 def info(args: argparse.Namespace) -> int:
     """`info`: what is compiled and loaded."""
     print(show_config())
@@ -139,12 +146,35 @@ def _parser(with_bench: bool) -> argparse.ArgumentParser:
         formatter_class=_Formatter,
     )
     command.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of a comparison"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run's folder or log, or a folder of runs",
     )
     command.add_argument(
         "--out", type=Path, metavar="FILE", default=Path("runs.png"), help="the picture"
     )
     command.set_defaults(command=plot)
+
+    command = commands.add_parser(
+        "experiment",
+        help="reproduce the paper's experiments",
+        description="Trains with every method and seed of an experiment, what is not done yet.",
+        formatter_class=_Formatter,
+    )
+    reproduction_cli.add_arguments(command)
+    command.set_defaults(command=experiment)
+
+    about = "what statistics would cost on a model of yours"
+    command = commands.add_parser(
+        "profile",
+        help=about,
+        description=f"Measures {about}: by the layer, and for a whole training step.",
+        formatter_class=_Formatter,
+    )
+    profiling_cli.add_arguments(command)
+    command.set_defaults(command=profiling_cli.main)
 
     about = "which kernels are compiled and loaded, and why others are not"
     command = commands.add_parser("info", help=about, description=f"Shows {about}.")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 from adagrad_kernels.benchmark.engine import Unavailable, Variant
+from adagrad_kernels.benchmark.official import vmap_grad
 from adagrad_kernels.benchmark.step_cases import OPTIONS, Measured, Task, loss, step_variant
 
 Maker = Callable[[Task], Variant]
@@ -36,34 +36,6 @@ def _ignore_warnings() -> None:
 def _norms(per_sample: list[Tensor]) -> Tensor:
     """‖g_i‖² of gradients [b, …], a tensor a parameter."""
     return torch.stack([g.flatten(1).square().sum(1) for g in per_sample]).sum(0)
-
-
-def vmap_grad(coordinates: bool) -> Maker:
-    """As the official code does it: vmap(grad) of a copy, then an ordinary step."""
-
-    def make(task: Task) -> Variant:
-        model = task.model()
-        optimizer = _optimizer(model)
-        seen: dict = {}
-
-        def sample_loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return loss(functional_call(model, params, (x[None],)), y[None])
-
-        per_sample = vmap(grad(sample_loss), (None, 0, 0))
-
-        def step() -> None:
-            params = {name: p.detach().clone() for name, p in model.named_parameters()}
-            grads = per_sample(params, task.x, task.y)
-            seen["sample_norms_sq"] = _norms(list(grads.values()))
-            if coordinates:
-                seen["coordinate_variance"] = {name: g.var(0) for name, g in grads.items()}
-            del grads
-            loss(model(task.x), task.y).backward()
-            optimizer.step()
-
-        return step_variant(task, model, optimizer, step, lambda: Measured(**seen))
-
-    return make
 
 
 def backpack(coordinates: bool) -> Maker:

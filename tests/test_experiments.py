@@ -17,9 +17,10 @@ from PIL import Image
 import adagrad_kernels as ak
 from adagrad_kernels.experiments import data, models, report
 from adagrad_kernels.experiments.errors import UsageError, optional
+from adagrad_kernels.experiments.evaluation import evaluate
 from adagrad_kernels.experiments.methods import CRITERIA, FixedBatch
 from adagrad_kernels.experiments.settings import TrainingRun
-from adagrad_kernels.experiments.training import evaluate, run
+from adagrad_kernels.experiments.training import run
 
 # Files as their makers wrote them
 

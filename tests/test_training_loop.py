@@ -144,6 +144,30 @@ def test_resuming_continues_bit_for_bit(kind: str, stop: int) -> None:
     assert second[2].samples == straight[2].samples
 
 
+@every_kind
+def test_closures_train_the_same(kind: str) -> None:
+    """Each closure zeroes, as in torch; while a batch is accumulated that does nothing."""
+    plain, closed = setup(kind, 8), setup(kind, 8)
+    sizes = loop(plain)
+    model, opt, loader = closed
+    found = []
+    for _ in range(3):
+        for x, y in loader:
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                opt.zero_grad()
+                loss = F.mse_loss(model(x), y)
+                loss.backward()
+                return loss
+
+            samples, expected = opt.samples, F.mse_loss(model(x), y).item()
+            assert opt.step(closure).item() == expected
+            if opt.updated:
+                found.append(opt.samples - samples)
+    assert found == sizes
+    assert torch.equal(weights(model), weights(plain[0]))
+
+
 def test_a_loader_with_workers_trains_the_same() -> None:
     one, other = setup("AdAdaGrad", 16), setup("AdAdaGrad", 16)
     model, opt, _ = other

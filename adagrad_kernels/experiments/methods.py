@@ -100,7 +100,7 @@ CRITERIA: dict[str, Callable[[TrainingRun], Criterion]] = {
     "norm": lambda settings: NormTest(settings.eta),
     "inner": lambda settings: InnerProductTest(settings.theta),
     "augmented": lambda settings: AugmentedInnerProductTest(settings.theta, settings.nu),
-    "coordinate": lambda settings: CoordinateNormTest(settings.eta),
+    "coordinate": lambda settings: CoordinateNormTest(settings.eta, settings.coordinates),
 }
 """The tests by their name on the command line."""
 

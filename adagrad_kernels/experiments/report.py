@@ -55,19 +55,22 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def read_log(folder: Path) -> Columns:
+def read_log(run: Path) -> Columns:
     """samples, step, batch_size and loss of a run, also of one that is still running.
+
+    Args:
+        run: its folder, or the log itself. A log without losses has NaN for them.
 
     Raises:
         UsageError: no log, an empty one, or something else.
     """
-    path = folder / checkpoint.LOG
+    path = run if run.is_file() else run / checkpoint.LOG
     names = ("samples", "step", "batch_size", "loss")
     columns: dict[str, list[float]] = {name: [] for name in names}
     try:
         text = path.read_text()
         for line in text[: text.rfind("\n") + 1].splitlines():  # the last may be half written
-            record = json.loads(line)
+            record = {"loss": None, **json.loads(line)}
             for name in names:
                 columns[name].append(math.nan if record[name] is None else float(record[name]))
     except OSError as error:
@@ -79,18 +82,20 @@ def read_log(folder: Path) -> Columns:
     return {name: np.array(values) for name, values in columns.items()}
 
 
-def runs_in(folders: Sequence[Path]) -> list[Path]:
-    """The folders of runs among the given ones and, where one is a comparison, right below."""
+def runs_in(paths: Sequence[Path]) -> list[Path]:
+    """The runs among the given folders and logs, and in folders of runs."""
     found: list[Path] = []
-    for folder in folders:
-        if (folder / checkpoint.LOG).is_file():
-            found.append(folder)
+    for path in paths:
+        if path.is_file() or (path / checkpoint.LOG).is_file():
+            found.append(path)
             continue
-        below = checkpoint.read_summary(folder).get("runs", {})
-        inner = [folder / name for name in below] or sorted(folder.glob("*/"))
+        below = checkpoint.read_summary(path).get("runs", {})
+        inner = [path / name for name in below] or sorted(
+            log.parent for log in path.rglob(checkpoint.LOG)
+        )
         inner = [run for run in inner if (run / checkpoint.LOG).is_file()]
         if not inner:
-            raise UsageError(f"{folder} holds no run (no {checkpoint.LOG} in it or right below)")
+            raise UsageError(f"{path} holds no run (no {checkpoint.LOG} in it or below)")
         found += inner
     return found
 
@@ -148,9 +153,11 @@ def picture(runs: Sequence[Path], path: Path) -> None:
     axes[1, 1].set_xlabel("steps")
     axes[0, 0].set_title("over samples")
     axes[0, 1].set_title("over steps")
+    positive = any((log["loss"] > 0).any() for log in logs.values())
+    for ax in axes.flat if positive else axes[0]:  # a log may be without losses
+        ax.set_yscale("log")
     for ax in axes.flat:
         ax.set_xscale("log")
-        ax.set_yscale("log")
         ax.grid(True, which="major", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_yscale("log", base=2)

@@ -40,6 +40,18 @@ class TrainingRun:
         device: where to train, as torch names it.
         threads: of torch on the CPU; 0 for one on digits, where more only wait for each other,
             and torch's own choice otherwise.
+        coordinates: aggregate of the coordinate-wise test, see `CoordinateNormTest`.
+        log_every: samples between records of the log, beside those of the steps at which the
+            batch size changes; 0 for a record of every step.
+        evaluations: about how many times to measure losses and accuracies for a curve; 0 for the
+            validation accuracy at the end of each epoch alone.
+        evaluate_all: whether the losses and accuracies at the end are of all data, or those of the
+            last point of the curve.
+        stop_if_not_finite: whether the run ends with the first loss that is not finite.
+        augment: whether training images are flipped and shifted by up to 4 pixels at random.
+        warmup: samples over which the learning rate rises from 0.
+        decay_until: samples at which a half cosine from lr ends at final_lr; 0: lr is constant.
+        final_lr: see decay_until.
 
     Raises:
         UsageError: numbers out of range.
@@ -61,6 +73,15 @@ class TrainingRun:
     seed: int = 0
     device: str = "cpu"
     threads: int = 0
+    coordinates: str = "max"
+    log_every: int = 0
+    evaluations: int = 0
+    evaluate_all: bool = True
+    stop_if_not_finite: bool = False
+    augment: bool = False
+    warmup: int = 0
+    decay_until: int = 0
+    final_lr: float = 0.0
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -69,3 +90,14 @@ class TrainingRun:
             raise UsageError(f"lr must be a positive number, got {self.lr:g}")
         if self.threads < 0:
             raise UsageError(f"threads must not be negative, got {self.threads}")
+        if self.decay_until and not 0 <= self.warmup < self.decay_until:
+            raise UsageError(f"warmup {self.warmup} must be less than decay_until")
+
+    def lr_at(self, samples: int) -> float:
+        """The learning rate of a step before which so many samples were trained on."""
+        if not self.decay_until:
+            return self.lr
+        if samples < self.warmup:
+            return self.lr * samples / self.warmup
+        progress = min((samples - self.warmup) / (self.decay_until - self.warmup), 1.0)
+        return self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2

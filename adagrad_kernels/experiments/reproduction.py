@@ -1,0 +1,154 @@
+"""The runs of an experiment: every method with every seed, each in a folder of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .errors import UsageError
+from .settings import TrainingRun
+from .tasks import Task
+from .training import run
+
+CHECKPOINT_SECONDS = 60.0
+SWEEP = {
+    "adagrad-small": (-2.5, -1.0),
+    "sgd-small": (-2.5, -0.5),
+    "adagrad-large": (-3.0, -0.5),
+    "sgd-large": (-1.5, 0.5),
+    "adadagradnorm": (-1.0, 1.5),
+}
+"""Exponents of ten between which the learning rates of a method are tried."""
+
+
+def run_all(
+    task: Task, out: Path, methods: Sequence[str], seeds: Sequence[int], **changes: Any
+) -> None:
+    """Trains every method with every seed, seed by seed.
+
+    What is finished is skipped, what was interrupted goes on from its checkpoint, what another
+    process is working on is left to it. A run that fails is recorded and does not stop the others.
+
+    Args:
+        task: what to train.
+        out: the runs go to `out/METHOD/seed-N`.
+        methods: names in `METHODS`.
+        seeds: seeds.
+        **changes: to the settings of all runs.
+
+    Raises:
+        Interrupted: stopped by a signal, after the checkpoint.
+        UsageError: what a user can mend: data, folders, settings other than those of a run there.
+    """
+    for seed in seeds:
+        for method in methods:
+            settings = task.settings(method, seed, **changes)
+            run_one(settings, run_folder(out, method, seed), f"{method}, seed {seed}")
+
+
+def run_folder(out: Path, method: str, seed: int) -> Path:
+    """Where a run is."""
+    return out / method / f"seed-{seed}"
+
+
+def run_one(settings: TrainingRun, folder: Path, name: str) -> None:
+    """Trains one run if that has not been done; see `run_all`."""
+    checkpoint.make(folder)
+    with locked(folder / "lock") as free:
+        if not free:
+            _say(f"{name}: another process is working on it")
+            return
+        summary = checkpoint.read_summary(folder)
+        if summary.get("finished"):
+            checkpoint.check_settings(summary["settings"], asdict(settings), ("data_dir",), folder)
+            return
+        resume = (folder / checkpoint.NAME).is_file()
+        _say(f"{name}: {'goes on' if resume else 'begins'}")
+        try:
+            summary = run(
+                settings, folder, name, resume=resume, checkpoint_seconds=CHECKPOINT_SECONDS
+            )
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            traceback.print_exc()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            failure = {"settings": asdict(settings), "finished": False, "failed": reason}
+            checkpoint.write_summary(folder, failure)
+            _say(f"{name}: failed, {reason}")
+            return
+        _say(f"{name}: {_result(summary)}")
+
+
+def _result(summary: dict[str, Any]) -> str:
+    if summary["failed"]:
+        return f"failed after {summary['samples']:,} samples, {summary['failed']}"
+    return (
+        f"{summary['steps']:,} steps, training loss {summary['training_loss']:.4f}, validation "
+        f"accuracy {summary['validation_accuracy']:.2%}, {summary['cpu_seconds']:.0f} CPU seconds"
+    )
+
+
+def sweep(task: Task, out: Path, methods: Sequence[str], **changes: Any) -> str:
+    """Tries learning rates; returns a table of them, the best of each method marked.
+
+    Each with the first seed on `task.sweep_samples` samples, over powers of √10; the best has
+    the least training loss.
+
+    Args:
+        task: what to train.
+        out: the runs go to `out/METHOD/lr-X`.
+        methods: names in `SWEEP`.
+        **changes: to the settings of all runs.
+
+    Raises:
+        UsageError: a method that is not swept, and what `run_all` raises.
+    """
+    lines = []
+    for method in methods:
+        if method not in SWEEP:
+            raise UsageError(f"{method} is not swept; there are {', '.join(SWEEP)}")
+        losses: dict[float, float] = {}
+        for lr in _grid(*SWEEP[method]):
+            folder = out / method / f"lr-{lr:g}"
+            given = {
+                "samples": task.sweep_samples,
+                "evaluations": 1,
+                "evaluate_all": False,
+                **changes,
+            }
+            run_one(replace(task.settings(method, 0, **given), lr=lr), folder, f"{method}, {lr:g}")
+            loss = checkpoint.read_summary(folder).get("training_loss")
+            if loss is not None:
+                losses[lr] = loss
+        best = min(losses, key=losses.__getitem__, default=None)
+        lines.append(f"{method}:")
+        for lr, loss in losses.items():
+            lines.append(f"  {lr:<8g}{loss:.4f}" + (" best" if lr == best else ""))
+    return "\n".join(lines)
+
+
+def _grid(low: float, high: float) -> list[float]:
+    """1, 3, 10, 30, …: powers of √10, rounded."""
+    return [float(f"{10 ** (low + i / 2):.1g}") for i in range(round(2 * (high - low)) + 1)]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Whether the file could be locked; it stays so until the end."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
