@@ -70,15 +70,16 @@ def _train(args: argparse.Namespace) -> int:
     settings = TrainingRun(
         **{name: getattr(args, name) for name in DEFAULTS if name != "lr"}, lr=lr
     )
+    kept = {name: getattr(args, name) for name in ("checkpoint_every", "resume", "tensorboard")}
     if args.compare:
         folder = args.out or Path("runs", args.dataset)
         runs = comparison.four_ways(settings, args.lr)
-        summaries = comparison.compare(runs, folder, args.checkpoint_every, args.resume)
+        summaries = comparison.compare(runs, folder, **kept)
         written = f"picture in {folder / 'comparison.png'}, logs in {folder}/*/log.jsonl"
     else:
         folder = args.out or Path("runs", f"{args.dataset}-{args.model}-{args.optimizer}")
         report.check()
-        summary = run(settings, folder, folder.name, args.checkpoint_every, args.resume)
+        summary = run(settings, folder, folder.name, **kept)
         summaries = {folder.name: summary}
         if Ranks().index == 0:
             report.picture([folder], folder / "run.png")
@@ -257,6 +258,11 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="steps between checkpoints; one is always written at the end, after Ctrl-C and "
         "after SIGTERM",
+    )
+    where.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write the log for TensorBoard, into the folder tensorboard of the run",
     )
     where.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in --out, bit for bit"

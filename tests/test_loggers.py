@@ -310,3 +310,13 @@ def test_plot_draws_a_log_without_losses(tmp_path: Path) -> None:
     assert np.isnan(report.read_log(tmp_path)["loss"]).all()
     assert main(["plot", str(tmp_path), "--out", str(tmp_path / "a.png")]) == 0
     assert len(np.unique(picture(tmp_path / "a.png").reshape(-1, 3), axis=0)) > 10
+
+
+def test_train_writes_its_log_for_tensorboard_and_goes_on_with_it(tmp_path: Path) -> None:
+    run = ["train", "--model", "logistic", "--out", str(tmp_path), "--tensorboard"]
+    assert main([*run, "--samples", "300"]) == 0
+    assert main([*run, "--samples", "900", "--resume"]) == 0
+    records = read(tmp_path / "log.jsonl")
+    for axis, key in (("steps", "step"), ("samples", "samples")):
+        found = scalars(tmp_path / "tensorboard" / axis, f"{axis}/batch_size")
+        assert found == [(record[key], record["batch_size"]) for record in records]

@@ -35,7 +35,11 @@ def four_ways(base: TrainingRun, lr: float | None = None) -> dict[str, TrainingR
 
 
 def compare(
-    runs: dict[str, TrainingRun], folder: Path, checkpoint_every: int = 0, resume: bool = False
+    runs: dict[str, TrainingRun],
+    folder: Path,
+    checkpoint_every: int = 0,
+    resume: bool = False,
+    tensorboard: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Trains them one after the other, each in its folder below the given one.
 
@@ -44,6 +48,7 @@ def compare(
         folder: gets `summary.json` and `comparison.png`, too.
         checkpoint_every: as in `run`.
         resume: go on with what an interrupted comparison had begun, keep what it had finished.
+        tensorboard: as in `run`.
 
     Returns:
         The summaries by name.
@@ -57,7 +62,7 @@ def compare(
     for name, settings in runs.items():
         own = folder / name
         begun = resume and (own / checkpoint.NAME).is_file()
-        summaries[name] = run(settings, own, name, checkpoint_every, begun)
+        summaries[name] = run(settings, own, name, checkpoint_every, begun, tensorboard=tensorboard)
     if Ranks().index == 0:
         checkpoint.write_summary(folder, {"runs": summaries})
         report.picture([folder / name for name in runs], folder / "comparison.png")

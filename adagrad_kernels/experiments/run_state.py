@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from .. import AdaptiveDataLoader
-from ..criteria import UNBOUNDED
 from ..distributed import Ranks
+from ..loggers import StepLogger, finite, step_record
 from . import checkpoint, methods, models
 from .augmentation import augment
 from .data import Data
@@ -62,6 +62,7 @@ class RunState:
         self._logged = (0, 0)  # samples and batch size of the last record
         self.smooth_loss = math.nan
         self.log_bytes = 0
+        self.scalars: StepLogger | None = None
 
     @property
     def samples(self) -> int:
@@ -92,7 +93,7 @@ class RunState:
         self._smooth(mean_loss, size * count)
         evaluated = self._evaluate(epoch, before, size * count)
         if evaluated or self._to_be_logged(size * count):
-            self._write(log, size, count, mean_loss, evaluated)
+            self._write(log, size * count, mean_loss, evaluated)
 
     def _evaluate(self, epoch: int, before: int, batch_size: int) -> bool:
         """Evaluates if it is time; epoch and number of samples are those before the step."""
@@ -121,25 +122,28 @@ class RunState:
             "cpu_seconds": self.watch.cpu_seconds,
             **found,
         }
-        self.curve.points.append({key: _finite(value) for key, value in point.items()})
+        self.curve.points.append({key: finite(value) for key, value in point.items()})
 
     def _to_be_logged(self, batch_size: int) -> bool:
         samples, size = self._logged
         return self.samples - samples >= self.settings.log_every or batch_size != size
 
-    def _write(self, log: TextIO, size: int, count: int, loss: float, evaluated: bool) -> None:
+    def _write(self, log: TextIO, batch_size: int, loss: float, evaluated: bool) -> None:
+        decision = self.optimizer.decision
+        measured = step_record(self.optimizer, loss)
+        accuracy = finite(self.accuracy) if evaluated else None
         record = {
             "step": self.steps,
             "samples": self.samples,
-            "batch_size": size * count,
-            "micro_batches": count,
-            "loss": loss,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **self._measured(),
-            "accuracy": self.accuracy if evaluated else None,
+            **measured,
+            "reason": decision.reason if decision else "a fixed batch is not tested",
+            "accuracy": accuracy,
         }
-        log.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
-        self._logged = (self.samples, size * count)
+        log.write(json.dumps(record) + "\n")
+        if self.scalars is not None:
+            scalars = {**measured, "accuracy": accuracy}
+            self.scalars.log(scalars, step=self.steps, samples=self.samples)
+        self._logged = (self.samples, batch_size)
 
     def _sum(self, value: float) -> float:
         """Over the processes."""
@@ -162,17 +166,6 @@ class RunState:
             self._micro_batches = iter(self.loader)
             micro_batch = next(self._micro_batches)
         return micro_batch
-
-    def _measured(self) -> dict[str, Any]:
-        s, d = self.optimizer.statistics, self.optimizer.decision
-        return {
-            "grad_norm_sq": s and s.mean_norm_sq,
-            "variance_trace": s and s.variance,
-            "ratio": d and d.ratio,
-            "suggestion": d.batch_size if d and d.batch_size < UNBOUNDED else None,
-            "noise_scale": s and s.noise_scale.item(),
-            "reason": d.reason if d else "a fixed batch is not tested",
-        }
 
     def _smooth(self, loss: float, samples: int) -> None:
         """An average over about the last thousand samples, for the progress bar."""
@@ -202,7 +195,7 @@ class RunState:
                 result |= self._final_quality()
             result |= {"cpu_seconds": self.watch.cpu_seconds, "curve": self.curve.points}
         else:
-            result["training_loss"] = _finite(evaluate(self.model, self.train)[0])
+            result["training_loss"] = finite(evaluate(self.model, self.train)[0])
             result["validation_accuracy"] = self.accuracy
         if self.settings.stop_if_not_finite:
             result["failed"] = "the loss is not finite" if self.failed else ""
@@ -259,8 +252,3 @@ class RunState:
 
 def _to(dataset: TensorDataset, device: torch.device) -> TensorDataset:
     return TensorDataset(*(t.to(device) for t in dataset.tensors))
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ..distributed import Ranks
+from ..loggers import TensorBoardLogger
 from . import checkpoint
 from .data import load as load_data
 from .errors import Interrupted, UsageError
@@ -30,6 +31,7 @@ def run(
     checkpoint_every: int = 0,
     resume: bool = False,
     checkpoint_seconds: float = math.inf,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Trains and writes `log.jsonl`, `summary.json` and `checkpoint.pt` into the folder.
 
@@ -52,6 +54,7 @@ def run(
         resume: continue from the folder's checkpoint. Log and weights become those of a run
             that was never interrupted.
         checkpoint_seconds: seconds between checkpoints, beside checkpoint_every.
+        tensorboard: also write the log's numbers for TensorBoard, into the folder `tensorboard`.
 
     Returns:
         The summary: what `summary.json` holds.
@@ -72,7 +75,8 @@ def run(
         state = RunState(settings, load_data(settings.dataset, _path(settings.data_dir)))
         if saved is not None:
             state.restore(saved, folder)
-        _train(state, folder, name, checkpoint_every, checkpoint_seconds)
+        with _scalars(state, folder, tensorboard):
+            _train(state, folder, name, checkpoint_every, checkpoint_seconds)
         results = state.results()
     summary = {"settings": asdict(settings), "finished": True, **results}
     if state.writes:
@@ -117,6 +121,19 @@ def _train(
                 raise Interrupted(folder / checkpoint.NAME)
         state.watch.stop()
         state.save(log, folder)
+
+
+@contextmanager
+def _scalars(state: RunState, folder: Path, wanted: bool) -> Iterator[None]:
+    if not (wanted and state.writes):
+        yield
+        return
+    try:
+        logger = TensorBoardLogger(folder / "tensorboard", state.steps, state.samples)
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    with logger as state.scalars:
+        yield
 
 
 def _open_log(state: RunState, folder: Path) -> TextIO:
