@@ -45,3 +45,25 @@ def instruction_set() -> str | None:
     function = _handle.adagrad_kernels_isa
     function.restype = ctypes.c_char_p
     return function().decode()
+
+
+def method(rows: int, columns: int, positions: int, coordinates: bool, linear: bool) -> str:
+    """How the compiled CPU kernels find the norms of samples; they choose by the same function.
+
+    Args:
+        rows: of the weight as a matrix, O; for a convolution those of one group.
+        columns: I, or C · kernel elements of one group.
+        positions: T of a sample.
+        coordinates: whether the sums of squares are wanted.
+        linear: of a linear layer, not of a convolution.
+
+    Returns:
+        "outer", "gram" or "direct"; "reference" if the compiled kernels are not loaded.
+    """
+    if _handle is None:
+        return "reference"
+    function = _handle.adagrad_kernels_method
+    sizes = (ctypes.c_int64(n) for n in (rows, columns, positions))
+    return ("outer", "gram", "direct")[
+        function(*sizes, ctypes.c_bool(coordinates), ctypes.c_bool(linear))
+    ]

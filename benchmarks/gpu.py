@@ -1,10 +1,12 @@
 """python -m benchmarks.gpu: what one GPU does, the kernels against its limits, whole steps.
 
 First the limits of this device in this run: the bandwidth of a copy and the rate of a bf16 matrix
-product. Then each kernel, in GB/s and in percent of that copy, beside PyTorch's own way. Then
-training steps: the plain step is the fastest of torch.optim.Adagrad(foreach=True), the fused op
-`torch._fused_adagrad_` (torch 2.11 has it, its optimizer refuses it on CUDA) and a compiled
-update. Every result is compared with float64 before its time is taken.
+product. Then each kernel, in GB/s and TFLOP/s and in percent of those, beside PyTorch's own way.
+Then training steps, eager and compiled: the plain step is the fastest of
+torch.optim.Adagrad(foreach=True), the fused op `torch._fused_adagrad_` (torch 2.11 has it, its
+optimizer refuses it on CUDA) and a compiled update; and steps with vmap as in the official code,
+and with Opacus where it is installed. Every result of ours is compared with float64 before its time
+is taken. What is not begun --seconds after the start is left out, and said to be.
 
 One JSON object a line goes to --out. `--device cpu --small` runs everything in seconds, on sizes
 that mean nothing, to see that it works.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import statistics
@@ -32,16 +35,8 @@ from adagrad_kernels import ops, reference
 from adagrad_kernels.benchmark.engine import require_equal
 from adagrad_kernels.benchmark.records import now
 
-from .gpu_steps import (
-    LR,
-    convolution,
-    mean_loss,
-    models,
-    ours,
-    plain_compiled,
-    plain_foreach,
-    plain_fused,
-)
+from .gpu_layers import layer_kernels, linear_updates
+from .gpu_steps import LR, OURS, PEERS, PLAIN, Unavailable, convolution, mean_loss, models
 from .models import resnet18
 
 Record = dict[str, Any]
@@ -76,9 +71,10 @@ def percentiles(times: Sequence[float]) -> Record:
 class Bench:
     """The device, its limits, and the records of one run."""
 
-    def __init__(self, device: torch.device, small: bool, out: Path | None) -> None:
+    def __init__(self, device: torch.device, small: bool, out: Path | None, seconds: float) -> None:
         self.device, self.small, self.out = device, small, out
-        self.copy_rate = 0.0
+        self.ends = time.monotonic() + seconds
+        self.copy_rate = self.product_rate = 0.0
         self.failures = 0
         cuda = device.type == "cuda"
         self.facts = {
@@ -103,14 +99,26 @@ class Bench:
                 file.write(json.dumps(line) + "\n")
 
     def timed(self, run: Callable[[], Any]) -> list[float]:
-        """Seconds of each of some calls, after two that do not count."""
+        """Seconds of each of some calls, after two that do not count.
+
+        Raises:
+            Unavailable: the time is up.
+        """
+        self.check_time()
         return timed(run, self.device, repeats=3 if self.small else 20)
+
+    def check_time(self) -> None:
+        """Raises Unavailable if nothing is to be begun any more."""
+        if time.monotonic() > self.ends:
+            raise Unavailable("the time was up")
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Records what goes wrong inside, so that the other parts still run."""
         try:
             yield
+        except Unavailable as error:
+            self.record("skipped", name, "", reason=str(error))
         except Exception as error:
             self.failures += 1
             traceback.print_exc()
@@ -129,20 +137,28 @@ class Bench:
         n = 128 if self.small else 8192
         a = torch.randn(n, n, device=self.device, dtype=torch.bfloat16)
         times = percentiles(self.timed(lambda: a @ a))
-        rate = 2 * n**3 / times["p50"] / 1e12
+        self.product_rate = 2 * n**3 / times["p50"]
+        rate = self.product_rate / 1e12
         self.record("limit", "bf16 product", f"{n}³", **times, tflop_per_s=rate)
 
     # Kernels
 
-    def kernel(self, name: str, bytes_moved: int, variants: dict[str, Callable[[], Any]]) -> None:
-        """Times the ways to do one thing; bytes_moved is what the thing needs at least."""
+    def kernel(
+        self,
+        name: str,
+        bytes_moved: int,
+        variants: dict[str, Callable[[], Any]],
+        flops: int = 0,
+    ) -> None:
+        """Times the ways to do one thing, which needs so many bytes and operations at least."""
         for variant, run in variants.items():
-            times = percentiles(self.timed(run))
-            rate = bytes_moved / times["p50"]
-            self.record(
-                "kernel", name, variant, **times, gb_per_s=rate / 1e9,
-                percent_of_copy=100 * rate / self.copy_rate,
-            )  # fmt: skip
+            values: Record = percentiles(self.timed(run))
+            rate, flop_rate = bytes_moved / values["p50"], flops / values["p50"]
+            values |= {"gb_per_s": rate / 1e9, "percent_of_copy": 100 * rate / self.copy_rate}
+            if flops:
+                values["tflop_per_s"] = flop_rate / 1e12
+                values["percent_of_product"] = 100 * flop_rate / self.product_rate
+            self.record("kernel", name, variant, **values)
 
     def optimizer_kernels(self) -> None:
         """Updates of one large tensor, and of the many tensors of a ResNet-18."""
@@ -224,32 +240,39 @@ class Bench:
 
     # Steps
 
-    def steps(self) -> None:
-        """Whole training steps of four models."""
+    def steps(self, compiled: bool) -> None:
+        """Whole training steps of every model; their ratio is to the fastest plain step."""
+        ways = {**PLAIN, **OURS, **({} if compiled else PEERS)}
+        how = "compiled" if compiled else "eager"
         for name, build, x, y, bf16 in models(self.device, self.small):
-            ways: list[tuple[str, Callable[..., Any]]] = [
-                ("plain, foreach", plain_foreach),
-                ("plain, fused op", plain_fused),
-                ("plain, compiled update", plain_compiled),
-                ("ours, norm test", ours(ak.NormTest(0.1))),
-                ("ours, norms + coordinates", ours(ak.CoordinateNormTest(0.1))),
-            ]
-            fastest: Record = {}
-            with self.part(f"step {name}"):
+            label = f"{name} {how}"
+            with self.part(f"check of {label}"):
                 self._check_step(build, x, y)
-                for variant, prepare in ways:
+            fastest: Record = {}
+            for variant, prepare in ways.items():
+                with self.part(f"step {label} {variant}"):
+                    self.check_time()
+                    torch.compiler.reset()
                     model = build().to(self.device)
-                    times = self._step_times(model, prepare(model, len(x)), x, y, bf16)
-                    if not variant.startswith("plain"):
+                    update = prepare(model, x, y, bf16)
+                    called = torch.compile(model) if compiled else model
+                    times = self._step_times(called, update, x, y, bf16)
+                    if variant in PLAIN:
+                        if not fastest or times["p50"] < fastest["p50"]:
+                            fastest = times
+                    elif fastest:
                         times["ratio"] = times["p50"] / fastest["p50"]
                         if times["peak_bytes"] is not None:
                             times["memory_ratio"] = times["peak_bytes"] / fastest["peak_bytes"]
-                    elif not fastest or times["p50"] < fastest["p50"]:
-                        fastest = times
-                    self.record("step", name, variant, **times)
+                    self.record("step", label, variant, **times)
 
     def _step_times(
-        self, model: nn.Module, update: Callable[[], None], x: Tensor, y: Tensor, bf16: bool
+        self,
+        model: Callable[[Tensor], Tensor],
+        update: Callable[[], None],
+        x: Tensor,
+        y: Tensor,
+        bf16: bool,
     ) -> Record:
         def run() -> None:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
@@ -258,6 +281,8 @@ class Bench:
             update()
 
         cuda = self.device.type == "cuda"
+        gc.collect()  # models before this one, which observers refer back to
+        run()  # compiles, and what else happens once
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -288,11 +313,21 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes to try the program with")
     parser.add_argument("--out", type=Path, help="append records here, one JSON object a line")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after these")
     args = parser.parse_args()
-    bench = Bench(torch.device(args.device), args.small, args.out)
+    bench = Bench(torch.device(args.device), args.small, args.out, args.seconds)
     torch.manual_seed(0)
-    for part in (bench.limits, bench.optimizer_kernels, bench.sample_statistics, bench.steps):
-        with bench.part(part.__name__):
+    parts: dict[str, Callable[[], None]] = {
+        "limits": bench.limits,
+        "optimizer_kernels": bench.optimizer_kernels,
+        "sample_statistics": bench.sample_statistics,
+        "layer_kernels": lambda: layer_kernels(bench),
+        "linear_updates": lambda: linear_updates(bench),
+        "steps": lambda: bench.steps(compiled=False),
+        "compiled steps": lambda: bench.steps(compiled=True),
+    }
+    for name, part in parts.items():
+        with bench.part(name):
             part()
     return 1 if bench.failures else 0
 

@@ -9,12 +9,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 import adagrad_kernels as ak
+from adagrad_kernels.benchmark.engine import Unavailable
 
 from .models import Transformer, resnet18
 
 LR = 1e-3
+
+Way = Callable[..., Callable[[], None]]
+"""Called with (model, x, y, bf16): the update after the backward pass."""
 
 
 def mean_loss(output: Tensor, y: Tensor) -> Tensor:
@@ -59,7 +64,7 @@ def models(
     yield f"transformer T={length} {b}", transformer, tokens[:, :-1], tokens[:, 1:], True
 
 
-def plain_foreach(model: nn.Module, batch: int) -> Callable[[], None]:
+def plain_foreach(model: nn.Module, *_: Any) -> Callable[[], None]:
     """`torch.optim.Adagrad(foreach=True)`."""
     optimizer = torch.optim.Adagrad(model.parameters(), lr=LR, foreach=True)
 
@@ -70,7 +75,7 @@ def plain_foreach(model: nn.Module, batch: int) -> Callable[[], None]:
     return update
 
 
-def plain_fused(model: nn.Module, batch: int) -> Callable[[], None]:
+def plain_fused(model: nn.Module, *_: Any) -> Callable[[], None]:
     """The fused op, as the optimizer calls it where it may."""
     params = list(model.parameters())
     sums = [torch.zeros_like(p) for p in params]
@@ -89,7 +94,7 @@ def plain_fused(model: nn.Module, batch: int) -> Callable[[], None]:
     return update
 
 
-def plain_compiled(model: nn.Module, batch: int) -> Callable[[], None]:
+def plain_compiled(model: nn.Module, *_: Any) -> Callable[[], None]:
     """The same formulas, compiled by Inductor into few kernels."""
     params = list(model.parameters())
     sums = [torch.zeros_like(p) for p in params]
@@ -108,13 +113,12 @@ def plain_compiled(model: nn.Module, batch: int) -> Callable[[], None]:
     return update
 
 
-def ours(criterion: Any) -> Callable[[nn.Module, int], Callable[[], None]]:
+def ours(criterion: Any, **options: Any) -> Way:
     """`AdAdaGrad` that tests in every step; the batch size is held."""
 
-    def prepare(model: nn.Module, batch: int) -> Callable[[], None]:
-        optimizer = ak.AdAdaGrad(
-            model, lr=LR, criterion=criterion, batch_size=batch, max_batch_size=batch
-        )
+    def prepare(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Callable[[], None]:
+        sizes = {"batch_size": len(x), "max_batch_size": len(x)}
+        optimizer = ak.AdAdaGrad(model, lr=LR, criterion=criterion, **sizes, **options)
 
         def update() -> None:
             optimizer.step()
@@ -123,3 +127,56 @@ def ours(criterion: Any) -> Callable[[nn.Module, int], Callable[[], None]]:
         return update
 
     return prepare
+
+
+def official_vmap(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Callable[[], None]:
+    """Per-sample gradients by vmap(grad) and their norms, then the plain step."""
+    plain = plain_fused(model)
+
+    def sample_loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return mean_loss(functional_call(model, params, (x[None],)), y[None])
+
+    per_sample = vmap(grad(sample_loss), (None, 0, 0), randomness="different")
+
+    def update() -> None:
+        params = {name: p.detach().clone() for name, p in model.named_parameters()}
+        grads = per_sample(params, x, y).values()
+        torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0)
+        plain()
+
+    return update
+
+
+def opacus(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Callable[[], None]:
+    """Per-sample gradients by Opacus' hooks and their norms, then the plain step."""
+    try:
+        from opacus import GradSampleModule  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise Unavailable("Opacus is not installed") from error
+    GradSampleModule(model)
+    plain = plain_fused(model)
+
+    def update() -> None:
+        torch.stack([p.grad_sample.flatten(1).square().sum(1) for p in model.parameters()]).sum(0)
+        for p in model.parameters():
+            p.grad_sample = None
+        plain()
+
+    return update
+
+
+PLAIN: dict[str, Way] = {
+    "plain, foreach": plain_foreach,
+    "plain, fused op": plain_fused,
+    "plain, compiled update": plain_compiled,
+}
+OURS: dict[str, Way] = {
+    "ours, norm test": ours(ak.NormTest(0.1)),
+    "ours, norms + coordinates": ours(ak.CoordinateNormTest(0.1)),
+}
+PEERS: dict[str, Way] = {
+    "ours, norm test, in backward": ours(ak.NormTest(0.1), update="in_backward"),
+    "vmap as in the official code": official_vmap,
+    "Opacus": opacus,
+}

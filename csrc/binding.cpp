@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/isa.h"
+#include "cpu/kernels.h"
 #include "cpu/ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(adagrad_kernels, CPU, m) {
@@ -16,9 +17,18 @@ STABLE_TORCH_LIBRARY_IMPL(adagrad_kernels, CPU, m) {
   m.impl("conv_weight_grad", TORCH_BOX(&adagrad_kernels::conv_weight_grad_cpu));
   m.impl("embedding_weight_grad", TORCH_BOX(&adagrad_kernels::embedding_weight_grad_cpu));
   m.impl("scale_weight_grad", TORCH_BOX(&adagrad_kernels::scale_weight_grad_cpu));
+  m.impl("norm_backward", TORCH_BOX(&adagrad_kernels::norm_backward_cpu));
 }
 
 // For show_config(): the instruction set in use.
 extern "C" __attribute__((visibility("default"))) const char* adagrad_kernels_isa() {
   return adagrad_kernels::isa_name(adagrad_kernels::isa());
+}
+
+// For coverage(): the choice that linear_weight_grad and conv_weight_grad make from their shapes.
+extern "C" __attribute__((visibility("default"))) int adagrad_kernels_method(int64_t nu, int64_t nv,
+                                                                             int64_t positions,
+                                                                             bool coordinates,
+                                                                             bool linear) {
+  return static_cast<int>(adagrad_kernels::method_of(nu, nv, positions, coordinates, linear));
 }

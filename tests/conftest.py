@@ -4,6 +4,7 @@ Property tests draw the same examples in every run (hypothesis' `derandomize`), 
 in CI is a failure on every machine. Look for new ones with `--hypothesis-profile=search`.
 """
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -15,6 +16,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("search", max_examples=300, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("reproducible")
+
+
+# cuBLAS warns without it where PyTorch is told to be deterministic, as `nan_memory` does.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class TorchRandom:
@@ -38,8 +43,12 @@ def seed() -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device of a test's tensors: the same body runs on the CPU and, with `-m gpu`, on CUDA."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        # PyTorch lets cuDNN round the operands of float32 to 11 bits; tests compare float32.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     return torch.device(request.param)
 
 

@@ -49,7 +49,6 @@ class Binary:
     stack: int
     shared: int
     ptx: str
-    sass: str
 
 
 def record(
@@ -92,16 +91,16 @@ def compile_launch(launch: Launch, arch: int) -> Binary:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    sass = _disassemble(compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", sass)
-    assert found, sass
-    return Binary(int(found[1]), int(found[2]), compiled.metadata.shared, compiled.asm["ptx"], sass)
+    usage = _resource_usage(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return Binary(int(found[1]), int(found[2]), compiled.metadata.shared, compiled.asm["ptx"])
 
 
-def _disassemble(cubin: bytes) -> str:
+def _resource_usage(cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-res-usage", "-sass", file.name]
+        command = [tool, "-res-usage", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -174,6 +174,39 @@ def test_conv(case: tuple[Any, ...], dtype: torch.dtype, coordinates: bool) -> N
     compare(kernel, plain, g, x, *options, True, True, coordinates)
 
 
+@pytest.mark.parametrize(("case", "dtype"), [
+    *itertools.product(CONV, [F32]), (CONV[0], BF16), (CONV[6], BF16), (CONV[2], F16)
+])  # fmt: skip
+def test_conv_gram(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    """One tile of 16 to 64 pixels, and the triangle of several (CONV[2], 144 pixels)."""
+    shape, rows, size, stride, padding, dilation, groups, memory_format = case
+    x = torch.randn(shape, dtype=dtype).to(memory_format=memory_format)
+    convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(size)]
+    weight = torch.randn(rows, shape[1] // groups, *size, dtype=dtype)
+    y = convolution(x, weight, None, stride, padding, dilation, groups)
+    g = torch.randn(y.shape, dtype=dtype).to(memory_format=memory_format)
+    options = [list(size), list(stride), list(padding), list(dilation), groups, shape[0] + 2]
+
+    def kernel(*arguments: Any) -> Any:
+        return conv.conv_weight_grad(*arguments, method="gram")
+
+    compare(kernel, reference.conv_weight_grad, g, x, *options, True, True, False)
+
+
+def test_the_gram_form_is_for_convolutions_of_few_pixels_and_many_channels() -> None:
+    """The cost rule on a ResNet's stages (channels, pixels, kernel elements)."""
+
+    def method(channels: int, pixels: int, kernel: int, coordinates: bool = False) -> str:
+        return conv.method_of(pixels, channels, channels * kernel, coordinates)
+
+    assert method(512, 16, 9) == "gram"
+    assert method(512, 16, 9, coordinates=True) == "direct"
+    assert method(256, 16, 9) == "gram"
+    assert method(512, 64, 9) == "gram"
+    assert method(128, 64, 9) == "direct"
+    assert method(64, 1024, 9) == "direct"
+
+
 def test_conv_of_strange_strides() -> None:
     x = torch.randn(2, 9, 8, 3).permute(0, 3, 2, 1)[:, :, ::2]
     g = torch.ones(()).expand(2, 5, 2, 7)
@@ -191,7 +224,12 @@ def test_conv_with_one_frozen(weight: bool, bias: bool) -> None:
 @pytest.mark.parametrize("coordinates", [False, True])
 @pytest.mark.parametrize(
     ("shape", "tokens", "width", "padding_idx"),
-    [((3, 10), 7, 20, 2), ((2,), 5, 300, -1), ((4, 3, 11), 6, 16, 0)],
+    [
+        ((3, 10), 7, 20, 2),
+        ((2,), 5, 300, -1),
+        ((4, 3, 11), 6, 16, 0),
+        ((35, 12), 2, 5, 1),  # samples are split
+    ],
 )
 def test_embedding(
     shape: tuple[int, ...], tokens: int, width: int, padding_idx: int, coordinates: bool
@@ -219,6 +257,31 @@ def test_scale(
     rstd = torch.rand(statistics_shape or (*shape[:2], 1, 1))
     arguments = (g, x, mean, rstd, shape[0] + 2, weight, bias, True)
     compare(norm.scale_weight_grad, reference.scale_weight_grad, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "statistics_shape"),
+    [
+        ((3, 7, 40, 1), (3, 7, 1, 1)),  # LayerNorm
+        ((3, 1, 20, 30), (3, 1, 5, 1)),  # GroupNorm
+        ((3, 1, 20, 30), (1, 1, 20, 1)),  # BatchNorm
+        ((2, 3, 4, 5), (2, 3, 2, 1)),  # no layer of torch's
+    ],
+)
+@pytest.mark.parametrize("centred", [True, False])
+def test_norm_backward(
+    shape: tuple[int, ...], statistics_shape: tuple[int, ...], centred: bool
+) -> None:
+    g, x, scale = torch.randn(shape), torch.randn(shape), torch.randn(shape[2])
+    blocks = (*statistics_shape[:3], -1)  # true moments: torch's kernels may use that they are
+    seen = x.transpose(0, 2) if statistics_shape[0] == 1 else x
+    variance, mean = torch.var_mean(seen.reshape(blocks), 3, correction=0, keepdim=True)
+    mean, rstd = mean.reshape(statistics_shape), variance.rsqrt().reshape(statistics_shape)
+    if not centred and statistics_shape[0] == 1:
+        return  # no layer has that
+    given = mean if centred else None
+    arguments = (g, x, given, rstd, scale, shape[0] + 2, True, True, True)
+    compare(norm.norm_backward, reference.norm_backward, *arguments)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -360,6 +423,14 @@ def test_registered_functions_take_what_the_schemas_give(
         "conv_weight_grad": (*sequence, [1], [1], [0], [1], 1, 2, *rest),
         "embedding_weight_grad": (sequence[0], torch.tensor([[0, 1, 0]] * 2), 2, -1, 2, True),
         "scale_weight_grad": (*[torch.randn(2, 3, 4, 1)] * 2, None, None, 2, *rest),
+        "norm_backward": (
+            *[torch.randn(2, 3, 4, 1)] * 2,
+            None,
+            torch.rand(2, 3, 1, 1),
+            torch.ones(4),
+            2,
+            *rest,
+        ),
     }[name]
     if name == "conv_weight_grad":
         arguments = (sequence[0].transpose(1, 2), sequence[1].transpose(1, 2), *arguments[2:])

@@ -2,19 +2,25 @@
 
 Compiles the kernels in place for this machine's GPU, runs the tests marked `gpu`, then
 `python -m benchmarks.gpu`, and writes what came out to one file of JSON lines under
-benchmarks/results/. It downloads and installs nothing: the interpreter that runs it must have
-torch, triton, pytest, hypothesis, setuptools and ninja, and nvcc must be there. `--device cpu`
-tries the program itself where there is no GPU.
+benchmarks/results/. Each file of tests runs in a process of its own, several at a time: most of
+their time goes into compiling Triton kernels, and an error that leaves CUDA unusable, or a test
+that hangs, costs its own file alone. Whatever fails, the rest still runs. It downloads and
+installs nothing: the interpreter that runs it must have torch, triton, pytest, hypothesis,
+setuptools and ninja, and nvcc must be there. `--device cpu` tries the program itself where there is
+no GPU.
 """
 
 import argparse
-import importlib.util
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -22,7 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 530  # for all steps together
-LIMITS = {"build": 200, "tests": 260, "benchmark": SECONDS}
+LIMITS = {"build": 180, "tests": 200, "benchmark": SECONDS}
 
 
 class Check:
@@ -39,28 +45,72 @@ class Check:
         with self.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
 
+    def left(self, name: str) -> float:
+        """Seconds that a step may take from now on."""
+        left = SECONDS - (time.monotonic() - self.started)
+        return max(1.0, min(left, LIMITS[name]))
+
     def step(self, name: str, *command: str | Path) -> float:
         """Runs python with these arguments; returns the seconds it took."""
-        left = SECONDS - (time.monotonic() - self.started)
         print(f"\n== {name}: python {' '.join(map(str, command))}", flush=True)
         started = time.monotonic()
-        try:
-            limit = max(1.0, min(left, LIMITS[name]))
-            done = subprocess.run(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=self.environment,
-                timeout=limit,
-                check=False,
-            )
-            outcome = f"exit status {done.returncode}" if done.returncode else ""
-        except subprocess.TimeoutExpired:
-            outcome = f"stopped after {limit:.0f} s"
+        outcome = self.run(command, self.left(name))
         if outcome:
             self.failed.append(f"{name}: {outcome}")
         seconds = time.monotonic() - started
         print(f"== {name}: {outcome or 'ok'}, {seconds:.0f} s", flush=True)
         return seconds
+
+    def run(self, command: Sequence[str | Path], limit: float, log: Path | None = None) -> str:
+        """Runs python with these arguments; returns what went wrong, or ""."""
+        with log.open("w") if log else contextlib.nullcontext() as file:
+            try:
+                done = subprocess.run(
+                    [sys.executable, *command], cwd=ROOT, env=self.environment, timeout=limit,
+                    check=False, stdout=file, stderr=subprocess.STDOUT if file else None,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return f"stopped after {limit:.0f} s"
+        return f"exit status {done.returncode}" if done.returncode else ""
+
+    def tests(self) -> None:
+        """Runs the tests marked `gpu`, and records their numbers by file."""
+        started, limit = time.monotonic(), self.left("tests")
+        files = gpu_test_files(self.environment)
+        print(f"\n== tests: {len(files)} files", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+
+            def run(file: str) -> tuple[str, str, Path]:
+                log = Path(folder, Path(file).stem)
+                command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", file]
+                left = limit - (time.monotonic() - started)
+                junit = f"--junitxml={log.with_suffix('.xml')}"
+                return file, self.run([*command, junit], max(1.0, left), log), log
+
+            with ThreadPoolExecutor(max(2, min(8, (os.cpu_count() or 2) // 2))) as pool:
+                for file, outcome, log in pool.map(run, files):
+                    numbers = count_tests(log.with_suffix(".xml"))
+                    print(f"-- {file}: {outcome or 'ok'}, {numbers}", flush=True)
+                    if outcome:
+                        self.failed.append(f"{file}: {outcome}")
+                        print(log.read_text()[-6000:], flush=True)
+                    self.record("tests", file=file, outcome=outcome or "ok", **numbers)
+        print(f"== tests: {time.monotonic() - started:.0f} s", flush=True)
+        if not files:
+            self.failed.append("tests: none were found")
+
+
+def gpu_test_files(environment: dict[str, str]) -> list[str]:
+    """The test files that hold a test marked `gpu`."""
+    # A module that this machine lacks something for must not keep the others from being found.
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q"]
+    found = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "--continue-on-collection-errors", "tests"],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    tests = [line.split("::")[0] for line in found.stdout.splitlines() if "::" in line]
+    files = [name for name in dict.fromkeys(tests) if name.endswith(".py")]
+    return sorted(files, key=tests.count, reverse=True)  # the longest first
 
 
 def count_tests(report: Path) -> dict[str, int]:
@@ -103,19 +153,9 @@ def main() -> int:
     print(report.stdout)
     check.record("build", seconds=seconds, config=report.stdout.splitlines(), **facts)
 
-    if check.failed:
-        return 1
-
-    junit = out.with_suffix(".xml")
-    # A module that this machine lacks something for must not keep the others from running.
-    arguments = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    arguments += ["--continue-on-collection-errors", f"--junitxml={junit}"]
-    arguments += ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    seconds = check.step("tests", *arguments)
-    check.record("tests", seconds=seconds, **count_tests(junit), **facts)
-    junit.unlink(missing_ok=True)
-
+    check.tests()
     arguments = ["-m", "benchmarks.gpu", "--device", args.device, "--out", str(out)]
+    arguments += ["--seconds", f"{check.left('benchmark') - 60:.0f}"]
     seconds = check.step("benchmark", *arguments, *([] if cuda else ["--small"]))
     check.record("benchmark", seconds=seconds, failed=check.failed, **facts)
     print(f"\n{out}\n" + ("\n".join(check.failed) or "all steps ok"))

@@ -51,7 +51,18 @@ _keys = itertools.count(1)
 
 
 def listen(listener: CallListener) -> int:
-    """A new key whose calls are told to `listener` (held weakly)."""
+    """A new key whose calls are told to `listener` (held weakly).
+
+    Example:
+        >>> class Printer:
+        ...     def called(self, call, saved):
+        ...         print("backward of", [list(t.shape) for t in saved])
+        >>> printer, probe = Printer(), torch.zeros(2, 3).requires_grad_()
+        >>> x, w = torch.ones(3, 2), torch.ones(1, 2).requires_grad_()
+        >>> y = ak.functional.linear(x, w, None, probe, call=Call(listen(printer)))
+        >>> y.sum().backward()
+        backward of [[3, 2], [3, 1]]
+    """
     key = next(_keys)
     _listeners[key] = listener
     return key
@@ -88,7 +99,9 @@ def refuse_double_backward() -> None:
 def counted(grad_probe: Tensor, probe: Tensor, call: Call) -> Tensor:
     """The probe's gradient, without row 1 where the call does not count."""
     grad_probe = grad_probe.to(probe.dtype)
-    return grad_probe if call.counts else grad_probe * grad_probe.new_tensor([[1.0], [0.0]])
+    if call.counts:
+        return grad_probe
+    return torch.stack([grad_probe[0], torch.zeros_like(grad_probe[1])])
 
 
 def as_grad(grad: Tensor, like: Tensor | None, wanted: bool) -> Tensor | None:

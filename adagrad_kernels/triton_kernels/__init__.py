@@ -28,6 +28,7 @@ FAMILIES = {
     "conv_weight_grad": "conv",
     "embedding_weight_grad": "embedding",
     "scale_weight_grad": "norm",
+    "norm_backward": "norm",
 }
 """The module that holds each op's kernels."""
 

@@ -7,12 +7,13 @@ cores and never written. As in linear.py, a tile of c_i grows in registers, then
 its square to the coordinate sum and its squared length to a [b, tiles] table: multiply-adds as for
 the gradient alone. Positions of all samples form one loop.
 
-Gathering costs about fifteen integer operations for an element of the patch tile [BK, BN], against
+Gathering costs about eight integer operations for an element of the patch tile [BK, BN], against
 BM multiply-adds: BM (output channels) is 128 where there are as many. Threads run along the
 dimension that is contiguous: channels for channels-last tensors (r counts channels fastest), pixels
-otherwise. What it does badly: depthwise convolutions waste most of their 16×16 tile, and with few
-output pixels the vector operations, two or three a coordinate and sample, outweigh the product. Not
-measured on a GPU.
+otherwise. With few output pixels the vector operations, two or three a coordinate and sample,
+outweigh the product: norms alone then come from conv_gram.py, and the kernel here forms the sum of
+all samples without them. What it does badly: depthwise convolutions waste most of their 16×16
+tile. Not measured on a GPU.
 """
 
 # Kernels are written in Triton's language, not in Python's types.
@@ -28,43 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common
+from . import common, conv_gram
+from .patches import geometry, patch_index, patches
 from .statistics import column_parts, column_statistics
 from .tiles import Tile
-
-
-@triton.jit
-def patch_index(o_r, C, KD, KH, KW, CHANNELS_LAST: tl.constexpr):
-    """(c, kd, kh, kw) of the columns o_r of the weight as a matrix."""
-    K = KD * KH * KW
-    if CHANNELS_LAST:
-        o_c, o_k = o_r % C, o_r // C
-    else:
-        o_c, o_k = o_r // K, o_r % K
-    return o_c, o_k // (KW * KH), o_k // KW % KH, o_k % KW
-
-
-@triton.jit
-def patches(
-    p_x, o_p, o_c, o_kd, o_kh, o_kw, D, H, W, OH, OW, x_c, x_d, x_h, x_w,
-    SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS: tl.constexpr,
-):  # fmt: skip
-    """x at the positions o_p seen through the kernel elements o_k, zero outside the image.
-
-    o_p and the o_c, o_k broadcast against each other: either may run along either axis.
-    """
-    o_w = o_p % OW * SW - PW + o_kw * DW
-    p_w = p_x + o_c * x_c + o_w * x_w
-    mask = (o_p < P) & (o_c < C) & (o_w >= 0) & (o_w < W)
-    if DIMS > 1:
-        o_h = o_p // OW % OH * SH - PH + o_kh * DH
-        p_w += o_h * x_h
-        mask = mask & (o_h >= 0) & (o_h < H)
-    if DIMS > 2:
-        o_d = o_p // (OW * OH) * SD - PD + o_kd * DD
-        p_w += o_d * x_d
-        mask = mask & (o_d >= 0) & (o_d < D)
-    return tl.load(p_w, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -73,11 +41,12 @@ def conv_weight_grad_kernel(
     samples, P, O, C, D, H, W, OH, OW, KD, KH, KW, SD, SH, SW, PD, PH, PW, DD, DH, DW,
     g_i, g_c, g_p, x_i, x_c, x_d, x_h, x_w, split_stride, split_samples, parts,
     DIMS: tl.constexpr, G_LAST: tl.constexpr, X_LAST: tl.constexpr,
-    SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    NORMS: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Σ_i c_i, and with SQUARES Σ_i c_i², of one tile, one split of the samples and one group.
 
+    Without NORMS (and SQUARES) no c_i is formed, the positions of all samples are one sum.
     O and C count a group's channels; strides are those of p_g [b, O, P] and p_x [b, C, D, H, W].
     """
     i_tile, i_s, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -86,7 +55,6 @@ def conv_weight_grad_kernel(
     i_m, i_n = i_tile // tiles_n, i_tile % tiles_n
     o_m, o_n, o_k = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     o_c, o_kd, o_kh, o_kw = patch_index(o_n, C, KD, KH, KW, X_LAST)
-    o_c = tl.where(o_n < R, o_c, C)  # masked in `patches`
     p_g += i_group.to(tl.int64) * O * g_c
     p_x += i_group.to(tl.int64) * C * x_c
     p_partials += i_group * tl.num_programs(0) + i_tile
@@ -121,12 +89,15 @@ def conv_weight_grad_kernel(
             )  # fmt: skip
             b_x = tl.trans(b_x)
         b_c = tl.dot(b_g, b_x, b_c, input_precision=PRECISION)
-        if (step - i * steps + 1) * BK >= P:
-            b_sum += b_c
-            if SQUARES:
-                b_square += b_c * b_c
-            tl.store(p_partials + tl.cast(i, tl.int64) * parts, tl.sum(b_c * b_c))
-            b_c = tl.zeros([BM, BN], dtype=tl.float32)
+        if NORMS:  # noqa: SIM102  (a constant: without norms nothing of it is compiled)
+            if (step - i * steps + 1) * BK >= P:
+                b_sum += b_c
+                if SQUARES:
+                    b_square += b_c * b_c
+                tl.store(p_partials + tl.cast(i, tl.int64) * parts, tl.sum(b_c * b_c))
+                b_c = tl.zeros([BM, BN], dtype=tl.float32)
+    if not NORMS:
+        b_sum = b_c
 
     o_r = o_c * (KD * KH * KW) + (o_kd * KH + o_kh) * KW + o_kw
     o_out = i_s.to(tl.int64) * split_stride + (i_group * O + o_m)[:, None].to(tl.int64) * R
@@ -141,17 +112,24 @@ def conv_precision() -> str:
     return common.precision(torch.backends.cudnn.conv)  # type: ignore[attr-defined]
 
 
-def choose_tile(rows: int, columns: int, positions: int, dims: int, exact: bool) -> Tile:
-    """The tile for a weight of rows × columns and as many output pixels.
+def method_of(positions: int, rows: int, columns: int, coordinates: bool) -> str:
+    """Which of "direct" and "gram" serves samples of so many pixels, O = rows, C·K = columns."""
+    return "gram" if conv_gram.prefers_gram(positions, rows, columns, coordinates) else "direct"
 
-    `exact` means operands in halves. Addresses take registers as well, in three dimensions most.
+
+def tile_for(g: Tensor, rows: int, columns: int, dims: int, norms: bool) -> Tile:
+    """The tile for a weight of rows × columns and g's pixels.
+
+    Addresses take registers as well, operands in halves most; small tiles need fewer stages.
     """
 
     def power(n: int, largest: int) -> int:
         return min(largest, max(16, triton.next_power_of_2(n)))
 
-    bm, block_k = power(rows, 128), power(positions, 16 if dims == 3 or exact else 32)
-    return Tile(bm, power(columns, 64), block_k, 8 if bm == 128 else 4, 3)
+    exact = conv_precision() == "tf32x3" and g.itemsize == 4  # operands in halves
+    bm, bn = power(rows, 64 if exact and not norms else 128), power(columns, 64)
+    block_k = power(g.shape[2:].numel(), 16 if dims == 3 or exact else 32)
+    return Tile(bm, bn, block_k, 8 if bm == 128 else 4, 2 if min(bm, bn) < 64 else 3)
 
 
 def weight_grad(
@@ -162,9 +140,10 @@ def weight_grad(
     groups: int,
     partials: Tensor,
     tile: Tile,
+    norms: bool,
     squares: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Σ c_i and Σ c_i² [O, C·K] of g [b, O, P, D'…] and x [b, C, D, H, W], and the tiles' norms.
+    """Σ c_i and Σ c_i² [O, C·K] of g [b, O, D', H', W'] and x [b, C, D, H, W], and tiles' norms.
 
     Args:
         g: three spatial dimensions, contiguous or channels-last.
@@ -172,9 +151,10 @@ def weight_grad(
         options: kernel_size, stride, padding and dilation, three numbers each.
         dims: how many of the three are in use, the last ones.
         groups: of channels.
-        partials: [b, at least groups · tiles].
+        partials: [b, at least groups · tiles], if norms are wanted.
         tile: from `choose_tile`.
-        squares: whether Σ c_i² is wanted.
+        norms: whether they are.
+        squares: whether Σ c_i² is wanted; norms then are, too.
     """
     samples, rows, channels = g.shape[0], g.shape[1] // groups, x.shape[1] // groups
     columns, positions = channels * math.prod(options[0]), g.shape[2:].numel()
@@ -188,11 +168,8 @@ def weight_grad(
     p_sum, p_square, split_stride = sums.arguments
     conv_weight_grad_kernel[(tiles, splits, groups)](
         g, x, p_sum, p_square, partials,
-        samples, positions, rows, channels, *x.shape[2:], *g.shape[3:],
-        *(number for option in options for number in option),
-        g.stride(0), g.stride(1), g.stride(4), *x.stride(), split_stride, split_samples,
-        partials.shape[1],
-        DIMS=dims, G_LAST=g.stride(1) == 1, X_LAST=x.stride(1) == 1, SQUARES=squares,
+        samples, *geometry(g, x, options, groups), split_stride, split_samples, partials.shape[1],
+        DIMS=dims, G_LAST=g.stride(1) == 1, X_LAST=x.stride(1) == 1, NORMS=norms, SQUARES=squares,
         PRECISION=conv_precision(),
         **tile._asdict(), **common.OPTIONS,
     )  # fmt: skip
@@ -211,8 +188,9 @@ def conv_weight_grad(
     weight: bool,
     bias: bool,
     coordinates: bool,
+    method: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`ops.conv_weight_grad`."""
+    """`ops.conv_weight_grad`; `method` is "direct" or "gram", chosen if None."""
     dims = len(kernel_size)
     _check(grad_out, input, kernel_size, stride, padding, dilation, groups)
     samples, rows = grad_out.shape[0], grad_out.shape[1] // groups
@@ -228,10 +206,14 @@ def conv_weight_grad(
         g, x = g.unsqueeze(2), x.unsqueeze(2)
     if not _one_stride(g):
         g = g.contiguous()
-    columns = x.shape[1] // groups * math.prod(kernel_size)
-    exact = conv_precision() == "tf32x3" and g.itemsize == 4
-    tile = choose_tile(rows, columns, g.shape[2:].numel(), dims, exact)
-    parts = groups * triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN) if weight else 0
+    positions, columns = g.shape[2:].numel(), x.shape[1] // groups * math.prod(kernel_size)
+    method = method or method_of(positions, rows, columns, coordinates)
+    tile = tile_for(g, rows, columns, dims, method == "direct")
+    parts = 0
+    if weight and method == "gram":
+        parts = groups * conv_gram.parts(positions)
+    elif weight:
+        parts = groups * triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
     bias_parts = column_parts(grad_out.shape[1]) if bias else 0
     partials = torch.empty(samples, parts + bias_parts, dtype=torch.float32, device=g.device)
     grad = sums = grad_bias = bias_sums = torch.empty(0, dtype=torch.float32, device=g.device)
@@ -239,9 +221,12 @@ def conv_weight_grad(
         vectors = torch.sum(g, (2, 3, 4), dtype=torch.float32)
         grad_bias, bias_sums = column_statistics(vectors, coordinates, partials, parts)
     if weight:
-        grad, sums = weight_grad(g, x, options, dims, groups, partials, tile, coordinates)
+        norms = method == "direct"
+        grad, sums = weight_grad(g, x, options, dims, groups, partials, tile, norms, coordinates)
         shape = (grad_out.shape[1], x.shape[1] // groups, *kernel_size)
         grad, sums = grad.view(shape), sums.view(shape) if coordinates else sums
+        if not norms:
+            conv_gram.conv_norms(g, x, options, dims, groups, partials, conv_precision())
     return grad, grad_bias, common.pool_norms(partials, samples, capacity), sums, bias_sums
 
 

@@ -6,8 +6,9 @@ Tokens are sorted once, stably (torch), so that all positions of a token lie tog
 sample. A program owns one token and BLOCK columns, walks along its positions, adds rows, and closes
 a run where the sample changes: the run's square goes to the coordinate sum, its squared length to
 the place of its last position in a [b, T, column blocks] table. So g is read once, every row of the
-gradient is written once (zeros included), and nothing is added atomically. A very frequent token is
-one long walk; its loads do not depend on each other. Not measured on a GPU.
+gradient is written once (zeros included), and nothing is added atomically. Where tokens are few and
+positions many, the samples are split over programs too. A single very frequent token is a long
+walk; its loads do not depend on each other. Not measured on a GPU.
 """
 
 # Kernels are written in Triton's language, not in Python's types.
@@ -26,14 +27,19 @@ from . import common
 @triton.jit
 def embedding_weight_grad_kernel(
     p_g, p_order, p_first, p_sum, p_square, p_partials, T, n, parts, padding_idx,
+    splits, split_stride,
     SQUARES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row v of Σ_i c_i, with SQUARES of Σ_i c_i², and partials of ‖c_i[v]‖² by position."""
-    v, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Row v of Σ_i c_i, with SQUARES of Σ_i c_i², and partials of ‖c_i[v]‖² by position.
+
+    Of one split of the samples: its positions with token v are first[q] to first[q + 1].
+    """
+    q, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    v, i_s = q // splits, q % splits
     o_n = i_n * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < n
     m_g = o_n < tl.where(v == padding_idx, 0, n)
-    first, last = tl.load(p_first + v), tl.load(p_first + v + 1)
+    first, last = tl.load(p_first + q), tl.load(p_first + q + 1)
     b_run = tl.zeros([BLOCK], dtype=tl.float32)  # c_i[v] of the sample at hand
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
     b_square = tl.zeros([BLOCK], dtype=tl.float32)
@@ -48,9 +54,10 @@ def embedding_weight_grad_kernel(
         if SQUARES:
             b_square += b_closed * b_closed
         tl.store(p_partials + position * parts + i_n, tl.sum(b_closed * b_closed))
-    tl.store(p_sum + v * n + o_n, b_sum, mask=m_n)
+    o_out = i_s * split_stride + v * n + o_n
+    tl.store(p_sum + o_out, b_sum, mask=m_n)
     if SQUARES:
-        tl.store(p_square + v * n + o_n, b_square, mask=m_n)
+        tl.store(p_square + o_out, b_square, mask=m_n)
 
 
 def embedding_weight_grad(
@@ -70,15 +77,24 @@ def embedding_weight_grad(
     samples, n = indices.shape[0], grad_out.shape[-1]
     positions = indices.shape[1:].numel()
     tokens, order = indices.flatten().sort(stable=True)
-    every = torch.arange(num_embeddings + 1, dtype=tokens.dtype, device=tokens.device)
-    first = torch.searchsorted(tokens, every)  # positions of token v: first[v] to first[v + 1]
     block = min(256, max(16, triton.next_power_of_2(n)))
     parts = triton.cdiv(n, block)
+    steps = samples * positions // num_embeddings
+    size = 4 * num_embeddings * n * (1 + coordinates)
+    splits = common.choose_splits(tokens.device, num_embeddings * parts, steps, size)
+    split_samples = triton.cdiv(samples, splits)
+    splits = triton.cdiv(samples, split_samples)
+    keys = tokens.long() * splits + order // (positions * split_samples)  # ascending as well
+    every = torch.arange(num_embeddings * splits + 1, device=keys.device)
+    first = torch.searchsorted(keys, every)  # positions of (v, s): first[q] to first[q + 1]
     g = grad_out.contiguous()
     partials = torch.empty(samples, positions * parts, dtype=torch.float32, device=g.device)
-    sums = common.SplitSums(g, (num_embeddings, n), 1, True, coordinates)
-    embedding_weight_grad_kernel[(num_embeddings, parts)](
-        g, order, first, sums.sum, sums.square, partials, positions, n, parts, padding_idx,
+    sums = common.SplitSums(g, (num_embeddings, n), splits, True, coordinates)
+    p_sum, p_square, split_stride = sums.arguments
+    embedding_weight_grad_kernel[(num_embeddings * splits, parts)](
+        g, order, first, p_sum, p_square, partials, positions, n, parts, padding_idx,
+        splits, split_stride,
         SQUARES=coordinates, BLOCK=block, num_warps=max(1, block // 64), **common.OPTIONS,
     )  # fmt: skip
-    return sums.sum, common.pool_norms(partials, samples, capacity), sums.square
+    total, square = sums.finish()
+    return total, common.pool_norms(partials, samples, capacity), square

@@ -35,10 +35,6 @@ from . import common, gram
 from .statistics import column_parts, column_statistics
 from .tiles import Tile, matmul_precision, tile_for, tile_index
 
-VECTOR_COST = 16
-"""Tensor-core multiply-adds in the time of one fp32 vector operation (H100, 16 bits: 990 over 67
-TFLOP/s; 7 in tf32)."""
-
 
 @triton.jit
 def square_operand(b, PRECISION: tl.constexpr):
@@ -182,7 +178,7 @@ def prefers_gram(positions: int, rows: int, columns: int, coordinates: bool) -> 
     symmetry), against two vector operations a coordinate.
     """
     tiles = positions * (positions + gram.BLOCK) // 2
-    return not coordinates and tiles * (rows + columns) < 2 * VECTOR_COST * rows * columns
+    return not coordinates and tiles * (rows + columns) < 2 * gram.VECTOR_COST * rows * columns
 
 
 def operands(name: str, grad_out: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,13 +199,16 @@ def operands(name: str, grad_out: Tensor, input: Tensor) -> tuple[Tensor, Tensor
     return g.contiguous(), x.contiguous()
 
 
-def choose_method(g: Tensor, x: Tensor, coordinates: bool) -> str:
-    """Which of "outer", "direct" and "gram" serves g [b, T, O] and x [b, T, I]."""
-    positions = g.shape[1]
+def method_of(positions: int, rows: int, columns: int, coordinates: bool) -> str:
+    """Which of "outer", "direct" and "gram" serves samples [T, O] and [T, I]."""
     if positions == 1:
         return "outer"
-    cheaper = prefers_gram(positions, g.shape[2], x.shape[2], coordinates)
-    return "gram" if cheaper else "direct"
+    return "gram" if prefers_gram(positions, rows, columns, coordinates) else "direct"
+
+
+def choose_method(g: Tensor, x: Tensor, coordinates: bool) -> str:
+    """Which of them serves g [b, T, O] and x [b, T, I]."""
+    return method_of(g.shape[1], g.shape[2], x.shape[2], coordinates)
 
 
 def weight_grad(

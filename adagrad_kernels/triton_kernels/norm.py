@@ -1,5 +1,7 @@
 """Gradients of scale and shift by channel (normalisation layers) with per-sample statistics.
 
+The whole backward pass of a normalisation is this beside torch's kernel for the input's gradient.
+
     c_i[c] = Σ_{t,s} g[i, t, c, s] x̂[i, t, c, s],   x̂ = (x − mean) rstd,   and the bias Σ_{t,s} g
 
 First pass: a program sums CHUNK positions of one sample and a block of channels, and writes two
@@ -19,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference
 from . import common
 from .statistics import column_parts, column_statistics
 
@@ -123,3 +126,50 @@ def scale_weight_grad(
         else (empty, empty)
     )
     return grad, grad_bias, common.pool_norms(partials, samples, capacity), sums, bias_sums
+
+
+def _input_grad(g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor) -> Tensor:
+    """By torch's own kernel where there is one for these statistics."""
+    b, positions, channels, inner = x.shape
+    groups, mask = rstd.shape[2], [True, False, False]
+    if mean is None or (positions > 1 and groups * inner > 1):
+        dtype = torch.float32
+        return reference.norm_input_grad(g.to(dtype), x.to(dtype), mean, rstd, scale)
+    if rstd.shape[0] == b and groups == inner == 1:
+        rows, one = (b, positions, channels), (b, positions, 1)
+        return torch.ops.aten.native_layer_norm_backward.default(
+            g.reshape(rows).contiguous(), x.reshape(rows).contiguous(), [channels],
+            mean.reshape(one), rstd.reshape(one), scale, None, mask,
+        )[0]  # fmt: skip
+    g, x = (t.reshape(b, channels, inner).contiguous() for t in (g, x))
+    if rstd.shape[0] == b:
+        return torch.ops.aten.native_group_norm_backward.default(
+            g, x, mean.reshape(b, groups), rstd.reshape(b, groups), scale,
+            b, channels, inner, groups, mask,
+        )[0]  # fmt: skip
+    return torch.ops.aten.native_batch_norm_backward.default(
+        g, x, scale, None, None, mean.reshape(-1), rstd.reshape(-1), True, 0.0, mask
+    )[0]
+
+
+def norm_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    scale: Tensor,
+    capacity: int,
+    weight: bool,
+    bias: bool,
+    coordinates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ops.norm_backward`: torch's kernel for the input's gradient, the above for the rest."""
+    reference.check_norm(grad_out, input, mean, rstd, scale)
+    grad = _input_grad(grad_out, input, mean, rstd, scale).reshape(input.shape)
+    if grad.dtype != input.dtype or grad.stride() != input.stride():
+        grad = torch.empty_like(input).copy_(grad)
+    each = input.shape[2] // rstd.shape[2]
+    by_channel = [None if t is None else t.repeat_interleave(each, 2) for t in (mean, rstd)]
+    return grad, *scale_weight_grad(
+        grad_out, input, *by_channel, capacity, weight, bias, coordinates
+    )

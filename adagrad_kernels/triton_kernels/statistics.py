@@ -85,7 +85,7 @@ def column_statistics(
         samples, n, split_stride, split_samples,
         0 if partials is None else partials.shape[1], first_part,
         SQUARES=squares, NORMS=partials is not None, ROWS=ROWS, BLOCK=block,
-        num_warps=4, **common.OPTIONS,
+        num_warps=max(1, block // 64), **common.OPTIONS,
     )  # fmt: skip
     return sums.finish()
 

@@ -42,7 +42,9 @@ def choose_tile(rows: int, columns: int, accumulators: int, itemsize: int) -> Ti
     """
     block_k = 16 if accumulators > 3 else 64 if itemsize == 2 else 32
     if min(rows, columns) <= 32 or accumulators > 3:
-        return Tile(min(64, _power(rows)), min(64, _power(columns)), block_k, 4, 3)
+        bm, bn = min(64, _power(rows)), min(64, _power(columns))
+        small = min(bm, bn) < 64
+        return Tile(bm, bn, min(block_k, 32) if small else block_k, 4, 2 if small else 3)
     if min(rows, columns) <= 64 or accumulators == 3:
         bm, bn = (128, 64) if rows > 64 else (64, 128)
         return Tile(min(bm, _power(rows)), min(bn, _power(columns)), block_k, 8, 3)

@@ -91,6 +91,14 @@ double gram_norm(const T* u, int64_t nu, const T* v, int64_t nv, int64_t positio
 constexpr bool gram_is_cheaper(int64_t nu, int64_t nv, int64_t positions) {
   return positions <= 32 && 3 * positions * (nu + nv) < nu * nv;
 }
+// How a weight gradient [nu, nv] and the norms of its samples are found: a product over all samples
+// of one position each (linear layers), a product and the above, or each sample's gradient itself.
+enum class Method { outer, gram, direct };
+constexpr Method method_of(int64_t nu, int64_t nv, int64_t positions, bool coordinates,
+                           bool linear) {
+  if (linear && positions == 1) return Method::outer;
+  return !coordinates && gram_is_cheaper(nu, nv, positions) ? Method::gram : Method::direct;
+}
 
 // scale.inl: samples [first, last) of grad_out and input, both contiguous [b, T, C, S]; statistics
 // by strides of b, T and C. Sums [C] are added to where they are not null, norms as well.
@@ -109,6 +117,34 @@ struct ScaleSums {
 template <class T>
 void scale_range(const ScaleGrad<T>& a, int64_t first, int64_t last, const ScaleSums<T>& out,
                  double* norms, T* scratch);
+
+// norm_backward.inl: dx of a normalisation, and the sums of its scale and shift as above. grad_out,
+// input and grad_input have one layout: [b, T, C, S], or [b, T, S, C] where channels_last.
+//
+// norm_samples_range: samples [first, last), mean (or null) and rstd [b, T, groups].
+// scratch [8 C].
+template <class T>
+struct NormBackward {
+  const T *grad_out, *input, *mean, *rstd, *scale;
+  int64_t samples, positions, channels, inner, groups;  // b, T, C, S
+  bool channels_last;
+  T* grad_input;
+};
+template <class T>
+void norm_samples_range(const NormBackward<T>& a, int64_t first, int64_t last,
+                        const ScaleSums<T>& out, double* norms, T* scratch);
+// bfloat16_to_float and back: n numbers, given as their bits; to the nearest, ties to even.
+void bfloat16_to_float(const uint16_t* bits, int64_t n, float* out);
+void float_to_bfloat16(const float* values, int64_t n, uint16_t* out);
+// norm_channels_range: at most kBatchBlock channels [first, last) of the whole batch, mean and rstd
+// [C], T = 1. Each sample's gradients of scale and shift are written to samples [b, 2, C], which
+// add_samples_range adds up.
+constexpr int64_t kBatchBlock = 256;
+template <class T>
+void norm_channels_range(const NormBackward<T>& a, int64_t first, int64_t last, T* samples);
+template <class T>
+void add_samples_range(const T* samples, int64_t channels, int64_t first, int64_t last,
+                       const ScaleSums<T>& out, double* norms);
 
 // embedding.inl: columns [first, last) of all samples; sum and sum_sq (or null) [V, width] and
 // norms [samples] are added to. scratch [last - first].

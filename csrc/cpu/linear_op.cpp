@@ -10,8 +10,7 @@ struct Operands {
   int64_t samples, positions, out_features, in_features;
   // Whether the weight gradient is one matrix product over all positions, with norms apart.
   bool is_product(bool coordinates) const {
-    return positions == 1 ||
-           (!coordinates && gram_is_cheaper(out_features, in_features, positions));
+    return method_of(out_features, in_features, positions, coordinates, true) != Method::direct;
   }
 };
 

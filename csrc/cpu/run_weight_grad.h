@@ -62,7 +62,8 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
   const int64_t sums = split.sums() * (coordinates ? 2 : 1);
   const int64_t own = sums + bias_size * 2;  // weight sums, their squares, bias sums, squares
   // Few positions: norms by products of positions, the gradient as one product of all samples.
-  const bool merged = !coordinates && gram_is_cheaper(common.lanes, common.members, positions);
+  const bool merged =
+      method_of(common.lanes, common.members, positions, coordinates, false) == Method::gram;
   Scratch<T> totals(split.sample_parts * own);
   std::vector<double> task_norms(split.tasks() * samples, 0.0);
   parallel_for(0, split.tasks(), 1, [&](int64_t begin, int64_t end) {

@@ -49,5 +49,7 @@ def build(folder: Path, toolkit: Path) -> Path:
     library = folder / "emulated.so"
     libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu"]
     objects = [folder / f"{source.stem}.o" for source in files]
-    subprocess.run(["c++", "-shared", "-o", library, *objects, *libraries], check=True)
+    # -Bsymbolic: the emulation's functions, not those of a CUDA runtime that torch has loaded.
+    link = ["c++", "-shared", "-Wl,-Bsymbolic", "-o", library]
+    subprocess.run([*link, *objects, *libraries], check=True)
     return library
