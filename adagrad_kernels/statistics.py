@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -98,13 +98,13 @@ class GradientStatistics:
     batch_size: int
     sum_norms_sq: float
     mean_norm_sq: float
-    contribution_norms_sq: Tensor | None = None
+    contribution_norms_sq: Tensor | None = field(default=None, repr=False)
     gradient_scale: float = 1.0
-    coordinate_mean: Mapping[str, Tensor] | None = None
-    coordinate_variance: Mapping[str, Tensor] | None = None
+    coordinate_mean: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    coordinate_variance: Mapping[str, Tensor] | None = field(default=None, repr=False)
     coordinate_reductions: CoordinateReductions | None = None
-    inner_products: Tensor | None = None
-    accumulators: dict[str, Tensor] | None = None
+    inner_products: Tensor | None = field(default=None, repr=False)
+    accumulators: dict[str, Tensor] | None = field(default=None, repr=False)
     loss: float | None = None
     lr: float | None = None
     workers: int = 0

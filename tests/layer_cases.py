@@ -107,6 +107,14 @@ def separable() -> nn.Sequential:
     )
 
 
+def frozen_projections() -> nn.Module:
+    """Of an attention only what follows it is trained."""
+    model = Attention(batch_first=True)
+    for p in (model.attention.in_proj_weight, model.attention.in_proj_bias):
+        p.requires_grad_(False)
+    return model
+
+
 def encoder() -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     return nn.TransformerEncoder(layer, 2)
@@ -127,6 +135,13 @@ CASES = {
     "transposed1d": Case(lambda: transposed(1), (4, 4, 3)),
     "transposed2d": Case(lambda: transposed(2), (4, 4, 3, 3)),
     "transposed3d": Case(lambda: transposed(3), (4, 4, 2, 3, 2)),
+    "transposed-output-padding": Case(  # pixels of the output that no pixel of the input reaches
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 2, 2, dilation=3, output_padding=2)
+        ),
+        (4, 3, 2, 3),
+    ),
+    "attention-frozen-projections": Case(frozen_projections, (4, 5, 4)),
     "embedding": Case(Language, (6, 9), tokens=True),
     "embedding-padding": Case(lambda: Language(padding_idx=3), (6, 9), tokens=True),
     "layer-norm": Case(lambda: between(nn.LayerNorm(6)), (6, 4, 5)),
@@ -135,6 +150,16 @@ CASES = {
     "group-norm": Case(lambda: between_convolutions(nn.GroupNorm(2, 4)), (6, 3, 5, 5)),
     "instance-norm": Case(
         lambda: between_convolutions(nn.InstanceNorm2d(4, affine=True)), (6, 3, 5, 5)
+    ),
+    "group-norm-channels-last": Case(
+        lambda: between_convolutions(nn.GroupNorm(2, 4)).to(memory_format=torch.channels_last),
+        (6, 3, 5, 5),
+    ),
+    "instance-norm-tracked": Case(
+        lambda: between_convolutions(
+            nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval()
+        ),
+        (6, 3, 5, 5),
     ),
     "batch-norm-eval": Case(lambda: between_convolutions(nn.BatchNorm2d(4).eval()), (6, 3, 5, 5)),
     "batch-norm-eval-flat": Case(lambda: between(nn.BatchNorm1d(6).eval()), (6, 5)),

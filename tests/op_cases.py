@@ -80,6 +80,14 @@ def scale_weight_grad(large: bool, device: torch.device) -> Args:
     return grad_out, x, mean, rstd, shape[0], True, True, True
 
 
+def norm_backward(large: bool, device: torch.device) -> Args:
+    shape = (300, 3, 70, 5) if large else (4, 3, 6, 5)
+    grad_out, x = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    mean = torch.randn(*shape[:2], 2, 1, device=device)
+    rstd, scale = torch.rand_like(mean) + 1, torch.randn(shape[2], device=device)
+    return grad_out, x, mean, rstd, scale, shape[0], True, True, True
+
+
 CASES: dict[str, Callable[[bool, torch.device], Args]] = {
     name: globals()[name] for name in ops.NAMES
 }

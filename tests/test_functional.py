@@ -55,6 +55,22 @@ def cases() -> dict[str, Case]:
             norm(af.group_norm, 2), lambda x, w, b: F.group_norm(x, 2, w, b),
             randn(3, 4, 5), randn(4), randn(4),
         ),
+        "rms_norm": (
+            lambda x, w, b, *probes: af.rms_norm(x, (2, 4), w, None, *probes),
+            lambda x, w, b: F.rms_norm(x, (2, 4), w), randn(3, 5, 2, 4), randn(2, 4), None,
+        ),
+        "group_norm, channels last": (
+            norm(af.group_norm, 2), # torch 2.13 crashes on channels last where x needs no gradient
+            lambda x, w, b: F.group_norm(x.contiguous(), 2, w, b),
+            randn(3, 4, 5, 2).to(memory_format=torch.channels_last), randn(4), randn(4),
+        ),
+        "batch_norm": (
+            lambda x, w, b, *probes: af.batch_norm(
+                x, None, None, w, b, True, 0.1, 1e-5, *probes
+            ),
+            lambda x, w, b: F.batch_norm(x, None, None, w, b, True),
+            randn(3, 4, 5), randn(4), randn(4),
+        ),
         "scale": (
             lambda x, w, b, *probes: af.scale(x, w, b, 1, *probes),
             lambda x, w, b: x * w[:, None] + b[:, None], randn(3, 4, 5), randn(4), randn(4),
@@ -136,11 +152,22 @@ def test_the_gradient_of_a_probe_is_summed_over_calls() -> None:
     assert probe.grad[1].tolist() == [2, 2, 2]
 
 
-def test_second_derivatives_are_refused() -> None:
-    x, w, probe = randn(3, 4), leaf(randn(4, 4)), leaf(torch.zeros(2, 3).double())
-    out = af.linear(x, w, None, probe).square().sum()
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives_are_refused(name: str) -> None:
+    ours, _, x, weight, bias = CASES[name]
+    w, probe = leaf(weight), leaf(torch.zeros(2, 3).double())
+    out = ours(x, w, bias, probe, None, None).square().sum()
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(out, w, create_graph=True)
+
+
+def test_group_norm_keeps_channels_last() -> None:
+    x, w = CASES["group_norm, channels last"][2], leaf(randn(4))
+    probe, x = leaf(torch.zeros(2, 3).double()), x.requires_grad_()
+    out = af.group_norm(x, 2, w, None, 1e-5, probe)
+    (grad_x,) = torch.autograd.grad(out.square().sum(), x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert grad_x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_listeners_are_told_and_not_kept_alive() -> None:
@@ -177,3 +204,5 @@ def test_inputs_without_samples() -> None:
         af.conv(torch.ones(2, 3, 3), leaf(torch.ones(3, 2, 1, 1)), None, probe)
     with pytest.raises(ValueError, match="no sample dimension"):
         af.layer_norm(torch.ones(4), (4,), leaf(torch.ones(4)), None, 1e-5, probe)
+    with pytest.raises(ValueError, match="no sample dimension"):
+        af.rms_norm(torch.ones(4), (4,), leaf(torch.ones(4)), 1e-5, probe)

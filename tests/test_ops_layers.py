@@ -17,6 +17,7 @@ from adagrad_kernels import ops, reference
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 NAMES = ("weight", "bias", "probe", "weight_sums", "bias_sums")
+LABELS = {3: ("weight", "probe", "weight_sums"), 5: NAMES, 6: ("input", *NAMES)}
 flags = st.tuples(st.booleans(), st.booleans(), st.booleans())
 
 
@@ -38,10 +39,14 @@ def check(
     found = run(getattr(torch.ops.adagrad_kernels, name), lambda t: t)
     truth, plain_ = run(of, double), run(of, lambda t: t)
     sizes = [t if t is None else magnitude(t) for t in tensors]
-    if name == "scale_weight_grad" and sizes[2] is not None:
+    if name in ("scale_weight_grad", "norm_backward") and sizes[2] is not None:
         sizes[2] = -sizes[2]  # the mean is subtracted
     scales = of(*sizes, *options)
-    labels = NAMES if len(found) == 5 else ("weight", "probe", "weight_sums")
+    if name == "norm_backward":  # the difference of three terms, here their sum
+        each = sizes[4].numel() // max(1, sizes[3].shape[2])
+        first = sizes[0] * sizes[3].repeat_interleave(each, 2) * sizes[4].view(1, 1, -1, 1)
+        scales = (2 * first - scales[0], *scales[1:])
+    labels = LABELS[len(found)]
     for label, a, t, p, scale in zip(labels, found, truth, plain_, scales, strict=True):
         if label == "probe":
             assert a.shape == t.shape
@@ -49,7 +54,7 @@ def check(
             assert not a[0, b:].any(), "beyond the samples"
             a, t, p, scale = a[0], t[0], p[0], scale[0]
         assert_close_to_truth(a, t, p, scale, label)
-        assert a.is_contiguous()
+        assert a.is_contiguous() or label == "input"
 
 
 @settings(max_examples=60)
@@ -215,6 +220,80 @@ def test_scale_over_threads(device: torch.device, shape, dtype: torch.dtype) -> 
     check("scale_weight_grad", [grad_out, x, None, None], shape[0], True, True, True, b=shape[0])
 
 
+@st.composite
+def normalisations(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes [b, T, C, S] of the input and [b, T, G, 1] or [1, 1, C, 1] of its statistics."""
+    kind = draw(st.sampled_from(["rows", "groups", "batch"]))
+    b, positions = draw(st.integers(0, 4)), draw(st.integers(0, 9))
+    if kind == "rows":
+        return (b, positions, draw(sizes), 1), (b, positions, 1, 1)
+    inner = draw(st.sampled_from([0, 1, 2, 7, 16, 17, 32, 49, 150]))
+    if kind == "batch":
+        channels = draw(sizes)
+        return (b, 1, channels, inner), (1, 1, channels, 1)
+    groups, each = draw(st.integers(1, 5)), draw(sizes)
+    positions = draw(st.sampled_from([1, 1, 3]))
+    return (b, positions, groups * each, inner), (b, positions, groups, 1)
+
+
+def norm_operands(
+    device: torch.device, shape: tuple[int, ...], of: tuple[int, ...], dtype: torch.dtype
+) -> list[Tensor]:
+    """grad_out, x, mean, rstd and scale."""
+    tensors = [torch.randn(s, device=device) for s in (shape, shape, of, of, shape[2:3])]
+    tensors[2], tensors[3] = -tensors[2].abs(), tensors[3].exp()  # see `check`
+    return [t.to(dtype) for t in tensors]
+
+
+def laid_out_by_channel(t: Tensor, layout: str) -> Tensor:
+    return t.mT.contiguous().mT if layout == "channels" else laid_out(t, layout)
+
+
+norm_layouts = st.one_of(layouts, st.just("channels"))
+
+
+@settings(max_examples=80)
+@given(normalisations(), st.booleans(), flags, dtypes, norm_layouts, norm_layouts)
+def test_norm(device: torch.device, shapes, centred, wanted, dtype, layout, layout_2) -> None:
+    shape, of = shapes
+    grad_out, x, mean, *rest = norm_operands(device, shape, of, dtype)
+    tensors = [laid_out_by_channel(grad_out, layout), laid_out_by_channel(x, layout_2)]
+    mean = mean if centred or of[0] != shape[0] else None
+    check("norm_backward", [*tensors, mean, *rest], shape[0] + 2, *wanted, b=shape[0])
+    grad_input = ops.norm_backward(*tensors, mean, *rest, shape[0])[0]
+    assert grad_input.dtype == dtype
+    assert grad_input.stride() == torch.empty_like(tensors[1]).stride()
+
+
+OF_NORMS = {
+    "rows": ((30, 20, 70, 1), (30, 20, 1, 1)),
+    "groups": ((16, 1, 66, 64), (16, 1, 33, 1)),
+    "one group": ((20, 1, 12, 600), (20, 1, 1, 1)),
+    "small groups": ((3000, 1, 8, 4), (3000, 1, 4, 1)),
+    "batch": ((40, 1, 70, 49), (1, 1, 70, 1)),
+    "flat batch": ((300, 1, 300, 1), (1, 1, 300, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels"])
+@pytest.mark.parametrize("case", OF_NORMS)
+@pytest.mark.usefixtures("threads")
+def test_norm_over_threads(
+    device: torch.device, case: str, layout: str, dtype: torch.dtype
+) -> None:
+    shape, of = OF_NORMS[case]
+    grad_out, x, *rest = norm_operands(device, shape, of, dtype)
+    tensors = [laid_out_by_channel(grad_out, layout), laid_out_by_channel(x, layout), *rest]
+    check("norm_backward", tensors, shape[0], True, True, True, b=shape[0])
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(ops.norm_backward(*tensors, shape[0], coordinates=True))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "wanted", [(True, True, True), (False, True, False), (False, False, False)]
@@ -229,6 +308,8 @@ def test_every_size_may_be_zero(device: torch.device, wanted, dtype: torch.dtype
         tensors = [randn(b, n, c, k), randn(b, n, c, k)]
         for statistic in (None, randn(b, n, 1, 1), randn(1, 1, c, 1), randn(b, n, c, 1)):
             check("scale_weight_grad", [*tensors, statistic, statistic], b + 1, *wanted, b=b)
+        rest = randn(b, n, 1, 1), randn(b, n, 1, 1), randn(c)
+        check("norm_backward", [*tensors, *rest], b + 1, *wanted, b=b)
         if not (c == 0 and n):  # a token needs a row
             indices = torch.zeros(b, n, dtype=torch.int64, device=device)
             options = (c, -1, b + 1, wanted[2])
@@ -262,6 +343,7 @@ def f32(*shape: int) -> Tensor:
 
 
 CONV = ([3, 3], [1, 1], [1, 1], [1, 1])
+NORM = (f32(2, 3, 1, 1), f32(2, 3, 1, 1), f32(4))
 WANTED = (True, True, False)
 BAD: dict[str, tuple[str, tuple]] = {
     "linear b": ("linear_weight_grad", (f32(3, 2), f32(4, 2), 4, *WANTED)),
@@ -311,6 +393,25 @@ BAD: dict[str, tuple[str, tuple]] = {
     "scale capacity": (
         "scale_weight_grad", (f32(2, 3, 4, 5), f32(2, 3, 4, 5), None, None, 1, *WANTED),
     ),
+    "norm shapes": ("norm_backward", (f32(2, 3, 4, 5), f32(2, 3, 4, 4), *NORM, 2, *WANTED)),
+    "norm dimensions": ("norm_backward", (f32(2, 3), f32(2, 3), *NORM, 2, *WANTED)),
+    "norm groups": (
+        "norm_backward", (*[f32(2, 3, 4, 5)] * 2, *[f32(2, 3, 3, 1)] * 2, f32(4), 2, *WANTED),
+    ),
+    "norm of the batch at positions": (
+        "norm_backward", (*[f32(2, 3, 4, 5)] * 2, *[f32(1, 1, 4, 1)] * 2, f32(4), 2, *WANTED),
+    ),
+    "norm of the batch without mean": (
+        "norm_backward", (*[f32(2, 1, 4, 5)] * 2, None, f32(1, 1, 4, 1), f32(4), 2, *WANTED),
+    ),
+    "norm mean": (
+        "norm_backward",
+        (*[f32(2, 3, 4, 5)] * 2, f32(2, 3, 2, 1), f32(2, 3, 1, 1), f32(4), 2, *WANTED),
+    ),
+    "norm scale": (
+        "norm_backward", (*[f32(2, 3, 4, 5)] * 2, *NORM[:2], f32(3), 2, *WANTED),
+    ),
+    "norm capacity": ("norm_backward", (*[f32(2, 3, 4, 5)] * 2, *NORM, 1, *WANTED)),
 }  # fmt: skip
 
 

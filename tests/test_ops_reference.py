@@ -1,5 +1,7 @@
 """`reference.py`, the truth of all op tests, against torch's own functions and autograd."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,57 @@ def test_scale(normalised: bool, weight: bool, bias: bool, coordinates: bool) ->
     found = reference.scale_weight_grad(g, x, mean, rstd, 5, weight, bias, coordinates)
     expected = {"weight": w if weight else None, "bias": v if bias else None}
     check_layer(found, expected, 5, coordinates)
+
+
+Norm = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, weight, bias) → y
+NORMS: dict[str, tuple[Norm, tuple[int, ...], Callable[[Tensor], tuple]]] = {
+    # what torch computes, the shape of x, and (view, mean, rstd) of x
+    "layer": (
+        lambda x, w, b: F.layer_norm(x, (6,), w, b), (3, 4, 6),
+        lambda x: ((3, 4, 6, 1), *moments(x.view(3, 4, 6, 1), 2, 3)),
+    ),
+    "rms": (
+        lambda x, w, b: F.rms_norm(x, (6,), w, 1e-5) + b, (3, 4, 6),
+        lambda x: ((3, 4, 6, 1), None, (x.square().mean(2) + 1e-5).rsqrt().view(3, 4, 1, 1)),
+    ),
+    "group": (
+        lambda x, w, b: F.group_norm(x, 2, w, b), (3, 6, 5),
+        lambda x: ((3, 1, 6, 5), *(t.view(3, 1, 2, 1) for t in moments(x.view(3, 2, 15), 2))),
+    ),
+    "batch": (
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True), (3, 6, 5),
+        lambda x: ((3, 1, 6, 5), *moments(x.view(3, 1, 6, 5), 0, 3)),
+    ),
+}  # fmt: skip
+
+
+def moments(x: Tensor, *dims: int) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation over some dimensions."""
+    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    return mean, (variance + 1e-5).rsqrt()
+
+
+@pytest.mark.parametrize(("weight", "bias", "coordinates"), FLAGS)
+@pytest.mark.parametrize("name", NORMS)
+def test_norm(name: str, weight: bool, bias: bool, coordinates: bool) -> None:
+    function, shape, statistics = NORMS[name]
+    x, g, w, b = randn(*shape).requires_grad_(), randn(*shape), randn(6), randn(6)
+    view, mean, rstd = statistics(x.detach())
+    leaves = [t.requires_grad_() for t in (w, b)]
+    y = function(x, *leaves)
+    (expected,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    samples = [
+        torch.autograd.grad(y, leaves, g * (torch.arange(3) == i).view(3, 1, 1), retain_graph=True)
+        for i in range(3)
+    ]
+    grad_x, *rest = reference.norm_backward(
+        g.view(view), x.detach().view(view), mean, rstd, w.detach(), 5, weight, bias, coordinates
+    )
+    close(grad_x.view(shape), expected)
+    of_w, of_b = (torch.stack(t) for t in zip(*samples, strict=True))
+    check_layer(
+        tuple(rest), {"w": of_w if weight else None, "b": of_b if bias else None}, 5, coordinates
+    )
 
 
 def test_per_sample_gradients_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

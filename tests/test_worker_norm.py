@@ -191,6 +191,18 @@ def test_several_backward_passes_of_one_call() -> None:
         observer.statistics()
 
 
+def test_a_gradient_that_nobody_measured() -> None:
+    """The parameter is unfrozen after the call of the model, so that no hook is there in time."""
+    model, (batch,) = network(), batches(1, 4)
+    model[2].weight.requires_grad_(False)
+    observer = WorkerObserver(model)
+    hidden = model(batch[0])
+    model[2].weight.requires_grad_(True)
+    (model[2](model[:2](batch[0])) + hidden - batch[1]).square().mean().backward()
+    with pytest.raises(RuntimeError, match="1 parameters got a gradient that was not measured"):
+        observer.statistics()
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -9,18 +9,19 @@ data parallelism need nothing special. Coordinate sums Σ_i c_i² are the gradie
 probes with the shapes of weight and bias.
 
 Arguments that all functions share:
-    probe: zeros [2, capacity] that require grad, capacity ≥ b; float32, or float64 for float64
-        layers.
-    weight_probe: a tensor of the weight's shape that requires grad; its gradient is Σ_i c_i².
-    bias_probe: likewise for the bias.
-    call: who is told of the backward pass, see `Call`.
+
+- `probe`: zeros [2, capacity] that require grad, capacity ≥ b; float32, or float64 for float64
+  layers;
+- `weight_probe`: a tensor of the weight's shape that requires grad; its gradient is Σ_i c_i²;
+- `bias_probe`: likewise for the bias;
+- `call`: who is told of the backward pass, see `Call`.
 """
 
 from ._call import NOBODY, Call, CallListener, WeightUpdate, listen
 from .conv import conv, conv_transpose
 from .embedding import embedding
 from .linear import linear
-from .normalisation import batch_norm, group_norm, layer_norm, scale
+from .normalisation import batch_norm, group_norm, layer_norm, rms_norm, scale
 
 __all__ = [
     "NOBODY",
@@ -35,5 +36,6 @@ __all__ = [
     "layer_norm",
     "linear",
     "listen",
+    "rms_norm",
     "scale",
 ]

@@ -73,7 +73,10 @@ class _ConvTranspose(torch.autograd.Function):
         stride, padding, _, dilation, groups = ctx.options
         need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
         tell(ctx.call, x, grad_out)
-        grad_x = _CONV[x.dim()](grad_out, weight, None, *_as_conv(ctx.options)) if need_x else None
+        grad_x = None
+        if need_x:  # with much output padding, the last pixels of grad_out reach no pixel of x
+            grad_x = _CONV[x.dim()](grad_out, weight, None, *_as_conv(ctx.options))
+            grad_x = grad_x[(..., *map(slice, x.shape[2:]))]
         # The weight's gradient is that of a convolution of grad_out whose output x is.
         grad_w, _, grad_p, sums_w, _ = ops.conv_weight_grad(
             x, grad_out, weight.shape[2:], stride, padding, dilation, groups,
@@ -142,6 +145,13 @@ def conv(
 
     Raises:
         ValueError: an input without the sample dimension, or more samples than columns.
+
+    Example:
+        >>> x = torch.tensor([1., 2.]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+        >>> w, probe = torch.ones(1, 1, 2, 2).requires_grad_(), torch.zeros(2, 2).requires_grad_()
+        >>> conv(x, w, None, probe).sum().backward()
+        >>> probe.grad[0].tolist()
+        [4.0, 16.0]
     """
     _check(x, weight, probe, "conv")
     x_, weight_, bias_ = autocast(x, weight, bias)
@@ -182,6 +192,13 @@ def conv_transpose(
 
     Raises:
         ValueError: an input without the sample dimension, or more samples than columns.
+
+    Example:
+        >>> x = torch.tensor([1., 2.]).view(2, 1, 1, 1)
+        >>> w, probe = torch.ones(1, 1, 2, 2).requires_grad_(), torch.zeros(2, 2).requires_grad_()
+        >>> conv_transpose(x, w, None, probe).sum().backward()
+        >>> probe.grad[0].tolist()
+        [4.0, 16.0]
     """
     _check(x, weight, probe, "conv_transpose")
     x_, weight_, bias_ = autocast(x, weight, bias)

@@ -57,6 +57,13 @@ def embedding(
     Raises:
         ValueError: indices of one dimension: they might be positions, shared by all samples,
             and nothing tells them from one token for each sample.
+
+    Example:
+        >>> tokens = torch.tensor([[0, 0], [1, 0]])
+        >>> w, probe = torch.zeros(2, 1).requires_grad_(), torch.zeros(2, 2).requires_grad_()
+        >>> embedding(tokens, w, None, probe).sum().backward()
+        >>> probe.grad[0].tolist()
+        [4.0, 2.0]
     """
     if indices.dim() < 2:
         raise ValueError(

@@ -19,7 +19,7 @@ _PROJECTIONS = ("q", "k", "v")
 class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
     """Multi-head attention that measures; `out_proj` is an observed linear layer of its own."""
 
-    observed_method = "direct (input projections)"
+    observed_method = "direct, Gram (few positions); input projections"
     observed_parameters = (
         "in_proj_weight",
         "q_proj_weight",
@@ -55,8 +55,9 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `torch.nn.MultiheadAttention`, for inputs with a sample dimension."""
-        if not self.measures():
-            return super().forward(
+        measured = self.measures() or any(p.requires_grad for p in self.out_proj.parameters())
+        if self.bias_k is not None or not (measured and torch.is_grad_enabled()):
+            return super().forward(  # which does not call out_proj, but uses its weight
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
@@ -92,10 +93,12 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
         return tuple(self._linear(name, x) for name, x in inputs)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        probe, call = self.probe_and_call(x, self._calls[name])
-        weight_probe, bias_probe = self._part(name, self.coordinate_probes())
         weight, bias = self._part(name, {n: getattr(self, n) for n in self.observed_parameters})
         assert weight is not None
+        if not self.measures():
+            return F.linear(x, weight, bias)
+        probe, call = self.probe_and_call(x, self._calls[name])
+        weight_probe, bias_probe = self._part(name, self.coordinate_probes())
         return functional.linear(x, weight, bias, probe, weight_probe, bias_probe, call)
 
     def _part(self, name: str, of: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -137,8 +140,12 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
     def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
         """See `ObservedLayer`."""
         (x,) = operands
+        return linear_response(x, *self.part_of(key, params))
+
+    def part_of(self, key: int, of: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the projection with this key, out of the parameters."""
         (name,) = (n for n, call in self._calls.items() if call.key == key)
-        return linear_response(x, *self._part(name, params))
+        return self._part(name, of)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

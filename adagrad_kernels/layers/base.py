@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,14 @@ from .. import functional
 
 if TYPE_CHECKING:
     from ..observer import Observer
+
+
+class Seen(NamedTuple):
+    """The input of a call: what its cost is estimated from, see `coverage`."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    input_grad: bool
 
 
 class ObservedLayer:
@@ -24,12 +32,14 @@ class ObservedLayer:
         observed_name: the module's path in the model.
         observed_parameters: names of the parameters that the layer measures.
         plain_class: the class that the instance had before.
+        seen: the last input of each of its calls (eager mode), by the call's key.
     """
 
     observed_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
     observed_method: ClassVar[str]
     observed_name: str
     plain_class: type[nn.Module]
+    seen: dict[int, Seen]
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str:
@@ -41,6 +51,7 @@ class ObservedLayer:
         self._observer = observer
         self._call = functional.Call(functional.listen(self))
         self._coordinate_probes: dict[str, Tensor] = {}
+        self.seen = {}
         self.observed_name = name
 
     def release(self) -> None:
@@ -54,8 +65,12 @@ class ObservedLayer:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters that require grad, by their name in the layer."""
-        found = {name: getattr(self, name) for name in self.observed_parameters}
-        return {k: p for k, p in found.items() if p is not None and p.requires_grad}
+        found = {}
+        for name in self.observed_parameters:
+            p = getattr(self, name)
+            if p is not None and p.requires_grad:
+                found[name] = p
+        return found
 
     def measures(self) -> bool:
         """Whether the coming forward call is to be measured."""
@@ -72,6 +87,7 @@ class ObservedLayer:
         if torch.compiler.is_compiling():  # the key would be a constant in every graph
             return self._observer.probe, call._replace(key=0)
         self._observer.calling(call)
+        self.seen[call.key] = Seen(x.shape, x.dtype, x.requires_grad)
         return self._observer.probe_for(x), call
 
     def coordinate_probes(self) -> dict[str, Tensor]:
@@ -80,6 +96,11 @@ class ObservedLayer:
             # Parameters may have been unfrozen since the last call.
             of = self._observer.coordinate_probe
             self._coordinate_probes = {name: of(p) for name, p in self.trainable().items()}
+        return self._coordinate_probes
+
+    @property
+    def last_coordinate_probes(self) -> dict[str, Tensor]:
+        """Those of the last call."""
         return self._coordinate_probes
 
     def probes(self, x: Tensor) -> tuple[Any, ...]:
@@ -122,8 +143,10 @@ class ObservedLayer:
         self, key: int, saved: tuple[Tensor, ...], names: list[str]
     ) -> dict[str, Tensor]:
         """c_i itself for each sample of a call and each named parameter, [b, *shape]."""
-        layer = cast(nn.Module, self)
-        params = {name: torch.zeros_like(getattr(layer, name)) for name in names}
+        of = self.trainable()
+        params = {  # whole ones, also of parameters that are sharded now
+            k: torch.zeros(of[k].shape, dtype=of[k].dtype, device=of[k].device) for k in names
+        }
 
         def product(p: dict[str, Tensor], one: tuple[Tensor, ...]) -> Tensor:
             return self.contract(key, tuple(t.unsqueeze(0) for t in one), p).sum()
@@ -148,4 +171,5 @@ _OWN_ATTRIBUTES = (
     "_single",
     "observed_name",
     "plain_class",
+    "seen",
 )

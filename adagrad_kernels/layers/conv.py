@@ -21,7 +21,7 @@ def _over_channels(bias: Tensor, like: Tensor) -> Tensor:
 
 
 class _ObservedConv(ObservedLayer, _ConvNd):
-    observed_method = "direct"
+    observed_method = "direct, Gram (few positions)"
 
     def forward(self, input: Tensor) -> Tensor:
         """The cross-correlation of `torch.nn.Conv1d`, `Conv2d`, `Conv3d`."""
@@ -71,7 +71,7 @@ class ObservedConv3d(_ObservedConv, nn.Conv3d):
 
 
 class _ObservedConvTranspose(ObservedLayer, _ConvTransposeNd):
-    observed_method = "direct, operands exchanged"
+    observed_method = "direct, Gram (few positions); operands exchanged"
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution of `torch.nn.ConvTranspose1d`, `2d`, `3d`."""
@@ -97,6 +97,7 @@ class _ObservedConvTranspose(ObservedLayer, _ConvTransposeNd):
                 grad_out, params["weight"], None, self.stride, self.padding, self.dilation,
                 self.groups,
             )  # type: ignore[arg-type]  # fmt: skip
+            back = back[(..., *map(slice, x.shape[2:]))]  # see functional.conv_transpose
             total = total + (x * back).flatten(1).sum(1)
         if "bias" in params:
             total = total + grad_out.flatten(2).sum(2) @ params["bias"]

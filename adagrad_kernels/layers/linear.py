@@ -15,7 +15,7 @@ from .base import ObservedLayer
 class ObservedLinear(ObservedLayer, nn.Linear):
     """A linear layer that measures; dimension 0 of its input counts the samples."""
 
-    observed_method = "outer product (one position a sample), direct (more)"
+    observed_method = "outer product (one position a sample), Gram (few), direct (more)"
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x Wᵀ + bias."""

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import functional
+from ..functional.normalisation import by_channel
 from .base import ObservedLayer
 
 
@@ -19,14 +20,22 @@ class _Affine(ObservedLayer):
     observed_method = "sums by channel"
 
     def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
-        """See `ObservedLayer`; operands are [b, T, C, S] and, with mean and rstd, normalised."""
+        """See `ObservedLayer`; operands are x [b, T, C, S] and its statistics (mean and) rstd."""
         x, *statistics = operands
         if statistics:
-            mean, rstd = statistics
-            x = (x - mean) * rstd
+            *mean, rstd = (by_channel(t, x.shape[2]) for t in statistics)
+            x = (x - mean[0] if mean else x) * rstd
         weight, bias = params.get("weight"), params.get("bias")
         y = torch.zeros_like(x) if weight is None else x * weight.reshape(1, 1, -1, 1)
         return y if bias is None else y + bias.reshape(1, 1, -1, 1)
+
+
+def _check_several(number: int, what: str, input: Tensor) -> None:
+    """As torch: one value has no deviation by which it could be divided."""
+    if number == 1:
+        raise ValueError(
+            f"Expected more than 1 {what} when training, got input size {list(input.shape)}"
+        )
 
 
 class ObservedLayerNorm(_Affine, nn.LayerNorm):
@@ -50,10 +59,7 @@ class ObservedRMSNorm(_Affine, nn.RMSNorm):
         """As `torch.nn.RMSNorm`."""
         if not self.measures():
             return super().forward(x)
-        probes = self.probes(x)
-        normalised = F.rms_norm(x, self.normalized_shape, None, self.eps)
-        axis = x.dim() - len(self.normalized_shape)
-        return functional.scale(normalised, self.weight, None, axis, *probes)
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, *self.probes(x))
 
 
 class ObservedGroupNorm(_Affine, nn.GroupNorm):
@@ -63,6 +69,8 @@ class ObservedGroupNorm(_Affine, nn.GroupNorm):
         """As `torch.nn.GroupNorm`."""
         if not self.measures():
             return super().forward(input)
+        values = input.shape[0] * input.shape[1:].numel() // self.num_groups
+        _check_several(values, "value per channel", input)
         return functional.group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps, *self.probes(input)
         )
@@ -82,6 +90,9 @@ class _ObservedBatchNorm(_Affine, _BatchNorm):
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         of_batch = self.training or (self.running_mean is None and self.running_var is None)
+        if of_batch:
+            values = input.shape[0] * input.shape[2:].numel()
+            _check_several(values, "value per channel", input)
         tracked = not self.training or self.track_running_stats
         return functional.batch_norm(
             input,
@@ -115,6 +126,11 @@ class _ObservedInstanceNorm(_Affine, _InstanceNorm):
                 "sample dimension"
             )
         probes = self.probes(input)
+        if not self.track_running_stats:  # a group for each channel
+            _check_several(input.shape[2:].numel(), "spatial element", input)
+            return functional.group_norm(
+                input, self.num_features, self.weight, self.bias, self.eps, *probes
+            )
         normalised = F.instance_norm(
             input, self.running_mean, self.running_var, None, None,
             self.training or not self.track_running_stats,

@@ -48,6 +48,11 @@ LayerGrads scale_weight_grad_cpu(const Tensor& grad_out, const Tensor& input,
                                  const std::optional<Tensor>& mean,
                                  const std::optional<Tensor>& rstd, int64_t capacity, bool weight,
                                  bool bias, bool coordinates);
+// grad_input, grad_weight, grad_bias, probe, weight_sums, bias_sums
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_cpu(
+    const Tensor& grad_out, const Tensor& input, const std::optional<Tensor>& mean,
+    const Tensor& rstd, const Tensor& scale, int64_t capacity, bool weight, bool bias,
+    bool coordinates);
 std::tuple<Tensor, Tensor, Tensor> embedding_weight_grad_cpu(const Tensor& grad_out,
                                                              const Tensor& indices,
                                                              int64_t num_embeddings,

@@ -3,29 +3,7 @@
 // Cost: one read of grad_out and of input, three operations an element: bound by memory, and
 // it replaces the two reads that a plain backward makes for the same sums.
 
-#include "vector.inl"
-
-// Sums over s of g and of g * (x - mean) * rstd, for one channel of one sample.
-template <class T>
-ADAGRAD_KERNELS_INLINE void channel_sums(const T* g, const T* x, T mean, T rstd, int64_t n,
-                                         T* scale, T* shift) {
-  Vector<T> a[2] = {}, b[2] = {};
-  int64_t j = 0;
-  for (; j + 2 * kLanes<T> <= n; j += 2 * kLanes<T>) {
-    for (int k = 0; k < 2; ++k) {
-      const Vector<T> v = load(g + j + k * kLanes<T>);
-      b[k] += v;
-      if (x) a[k] += v * (load(x + j + k * kLanes<T>) - mean);
-    }
-  }
-  T total_a = sum_of_lanes<T>(a[0] + a[1]), total_b = sum_of_lanes<T>(b[0] + b[1]);
-  for (; j < n; ++j) {
-    total_b += g[j];
-    if (x) total_a += g[j] * (x[j] - mean);
-  }
-  *scale += total_a * rstd;
-  *shift += total_b;
-}
+#include "norm_sums.inl"
 
 // One position of all channels, channels last (S = 1).
 template <class T>
@@ -50,26 +28,6 @@ ADAGRAD_KERNELS_INLINE void add_position(const ScaleGrad<T>& a, const T* __restr
 }
 
 template <class T>
-ADAGRAD_KERNELS_INLINE void add_sample(const T* sample, int64_t n, T* sum, T* sum_sq,
-                                       double* norm) {
-  if (!sum) return;
-  double total = 0;
-  for (int64_t first = 0; first < n; first += 1024) {
-    const int64_t end = first + 1024 < n ? first + 1024 : n;
-    T part = 0;
-    for (int64_t c = first; c < end; ++c) {
-      sum[c] += sample[c];
-      part += sample[c] * sample[c];
-    }
-    if (sum_sq) {
-      for (int64_t c = first; c < end; ++c) sum_sq[c] += sample[c] * sample[c];
-    }
-    total += part;
-  }
-  *norm += total;
-}
-
-template <class T>
 ADAGRAD_KERNELS_INLINE void scale_samples(const ScaleGrad<T>& a, int64_t first, int64_t last,
                                           const ScaleSums<T>& out, double* norms, T* scratch) {
   T* scale = scratch;
@@ -87,9 +45,11 @@ ADAGRAD_KERNELS_INLINE void scale_samples(const ScaleGrad<T>& a, int64_t first, 
         continue;
       }
       for (int64_t c = 0; c < a.channels; ++c) {
-        channel_sums(g + c * a.inner, out.weight ? x + c * a.inner : nullptr,
-                     mean[c * a.mean_channel], rstd[c * a.rstd_channel], a.inner, scale + c,
-                     shift + c);
+        const ChannelSums<T> sums =
+            channel_sums(g + c * a.inner, out.weight ? x + c * a.inner : nullptr,
+                         mean[c * a.mean_channel], a.inner);
+        scale[c] += sums.scale * rstd[c * a.rstd_channel];
+        shift[c] += sums.shift;
       }
     }
     add_sample(scale, a.channels, out.weight, out.weight_sq, norms + i);

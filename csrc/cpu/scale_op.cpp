@@ -1,4 +1,4 @@
-#include "layer_ops.h"
+#include "scale_outputs.h"
 
 namespace adagrad_kernels {
 
@@ -28,26 +28,15 @@ Broadcast broadcast(const std::optional<Tensor>& given, double fill, const Tenso
 }
 
 template <class T>
-void run(const ScaleGrad<T>& a, int64_t samples, const Tensor& grad_weight, const Tensor& grad_bias,
-         const Tensor& weight_sums, const Tensor& bias_sums, const Tensor& probe) {
+void run(const ScaleGrad<T>& a, int64_t samples, const ScaleOutputs& outputs, const Tensor& probe) {
   const int64_t channels = a.channels;
   Scratch<T> total(4 * channels);
   std::vector<double> norms(samples, 0.0);
-  const auto wanted = [&](const Tensor& t, T* at) { return t.numel() ? at : nullptr; };
   sum_over_samples(samples, samples * a.positions * channels * a.inner, 4 * channels, 2 * channels,
                    total.get(), [&](int64_t first, int64_t last, T* own, T* scratch) {
-                     const ScaleSums<T> sums = {wanted(grad_weight, own),
-                                                wanted(grad_bias, own + channels),
-                                                wanted(weight_sums, own + 2 * channels),
-                                                wanted(bias_sums, own + 3 * channels)};
-                     scale_range(a, first, last, sums, norms.data(), scratch);
+                     scale_range(a, first, last, outputs.in(own, channels), norms.data(), scratch);
                    });
-  const Tensor* outputs[4] = {&grad_weight, &grad_bias, &weight_sums, &bias_sums};
-  for (int64_t k = 0; k < 4; ++k) {
-    if (!outputs[k]->numel()) continue;
-    const T* from = total.get() + k * channels;
-    std::copy(from, from + channels, data<T>(*outputs[k]));
-  }
+  outputs.copy_from(total.get(), channels);
   fill_probe<T>(probe, samples, [&](int64_t i) { return static_cast<T>(norms[i]); });
 }
 
@@ -65,9 +54,7 @@ LayerGrads scale_weight_grad_cpu(const Tensor& grad_out_any, const Tensor& input
   STD_TORCH_CHECK(fits, "scale_weight_grad: expected grad_out and input of one shape [b, T, C, S]");
   const int64_t samples = grad_out.size(0), channels = grad_out.size(2);
   const Broadcast mean = broadcast(mean_any, 0, grad_out), rstd = broadcast(rstd_any, 1, grad_out);
-  const auto output = [&](bool wanted) { return new_empty(grad_out, {wanted ? channels : 0}); };
-  const Tensor grad_weight = output(weight), grad_bias = output(bias);
-  const Tensor weight_sums = output(weight && coordinates), bias_sums = output(bias && coordinates);
+  const ScaleOutputs outputs(grad_out, channels, weight, bias, coordinates);
   const Tensor probe = make_probe(grad_out, capacity, samples);
   const auto typed = [&](auto zero) {
     using T = decltype(zero);
@@ -83,10 +70,10 @@ LayerGrads scale_weight_grad_cpu(const Tensor& grad_out_any, const Tensor& input
     a.positions = grad_out.size(1);
     a.channels = channels;
     a.inner = grad_out.size(3);
-    run(a, samples, grad_weight, grad_bias, weight_sums, bias_sums, probe);
+    run(a, samples, outputs, probe);
   };
   is_double(grad_out) ? typed(0.0) : typed(0.0f);
-  return {grad_weight, grad_bias, probe, weight_sums, bias_sums};
+  return {outputs.grad[0], outputs.grad[1], probe, outputs.sums[0], outputs.sums[1]};
 }
 
 }  // namespace adagrad_kernels
