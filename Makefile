@@ -1,6 +1,7 @@
 # make train   train on scikit-learn's digits four ways and compare them, into runs/digits
 # make test    the whole test suite
 # make bench   the benchmarks
+# make docs    the API reference, into build/docs
 # make check-gpu  on a machine with a GPU: builds, tests, measures, with $(PYTHON) as it is
 # make sanitize  the ops' tests with CPU kernels that check addresses and undefined behaviour
 # make lint    style, formats, types        make format   put the formats right
@@ -20,9 +21,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
 SOURCES := $(shell find csrc -type f)
-PYTHON_FILES := adagrad_kernels tests benchmarks examples tools setup.py
+PYTHON_FILES := adagrad_kernels tests benchmarks $(wildcard docs/*.py) examples tools setup.py
 
-.PHONY: train test bench check-gpu sanitize lint format clean distclean
+.PHONY: train test bench docs check-gpu sanitize lint format clean distclean
 .DELETE_ON_ERROR:
 
 train: $(COMPILED)
@@ -33,6 +34,9 @@ test: $(COMPILED)
 
 bench: $(COMPILED)
 	$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+
+docs: $(COMPILED)
+	$(BIN)/python docs/api.py build/docs
 
 # No environment of its own, nothing downloaded: such a machine may have no network.
 check-gpu:

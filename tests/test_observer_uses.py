@@ -318,6 +318,26 @@ def test_a_subclass_with_its_own_forward_is_unsupported() -> None:
         ak.observe(Doubled(2, 2))
 
 
+def test_random_numbers_in_a_module_measured_by_vmap(device: torch.device) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.dropout = nn.Parameter(torch.ones(2)), nn.Dropout()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dropout(self.gain * x)
+
+    model = nn.Sequential(nn.Linear(2, 2), Noisy()).to(device)
+    observer = ak.observe(model, fallback="vmap")
+    loss = model(torch.randn(3, 2, device=device)).sum()
+    with pytest.raises(RuntimeError, match=r"'1' \(Noisy.*dropout"):
+        loss.backward()
+    observer.reset()
+    model.eval()
+    model(torch.randn(3, 2, device=device)).sum().backward()
+    assert observer.statistics().batch_size == 3
+
+
 def test_a_model_without_trainable_parameters() -> None:
     for model in (nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)):
         with pytest.raises(ValueError, match="no trainable parameters"):

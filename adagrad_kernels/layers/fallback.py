@@ -20,7 +20,7 @@ class ObservedFallback(ObservedLayer, nn.Module):
     Positional arguments are tensors with one row a sample; keyword arguments are shared by all
     samples and get no gradient. The output is a tensor, or a tuple of tensors, with one row a
     sample. The module runs once as it is, and its gradient once for each sample, by
-    `torch.func.vmap`.
+    `torch.func.vmap`. So it must not draw random numbers (dropout).
     """
 
     observed_method = "vmap, one gradient a sample"
@@ -95,7 +95,17 @@ class ObservedFallback(ObservedLayer, nn.Module):
             pull = vjp(outputs, params, tuple(row[k] for k in floating))[1]
             return pull(grad)
 
-        return vmap(one)(args, grads_out)
+        try:
+            return vmap(one)(args, grads_out)
+        except RuntimeError as error:
+            if "randomness" not in str(error):
+                raise
+            raise RuntimeError(
+                f"layer {self.observed_name!r} ({self.plain_class.__name__}, measured by vmap) "
+                "draws random numbers, which would be others than in its forward pass: take "
+                "dropout out of it, or give the parameters that are not supported a module of "
+                "their own"
+            ) from error
 
     def sample_grads(
         self, key: int, saved: tuple[Tensor, ...], names: list[str]
