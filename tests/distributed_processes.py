@@ -69,6 +69,7 @@ def _process(
 ) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; accelerate asks for it
     torch.manual_seed(0)
     try:
         dist.init_process_group(
