@@ -21,6 +21,7 @@ from .errors import UsageError
 from .tasks import Task
 
 BATCHES = (8, 64, 512)
+"""No larger than the micro-batches of the task."""
 MEMORY = 2 << 30
 """Bytes that the official method's per-sample gradients may take; larger batches are left out."""
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -68,7 +69,7 @@ def cases(name: str, task: Task) -> Iterator[Case]:
     shape = SHAPES[task.base.dataset]
     build = partial(models.build, task.base.model, shape, 10)
     size = sum(p.numel() for p in build().parameters())
-    for batch in BATCHES:
+    for batch in sorted({min(b, task.base.max_micro_batch_size) for b in BATCHES}):
         if 4 * size * batch > MEMORY:
             continue
         yield Case(
