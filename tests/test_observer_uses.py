@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from per_sample import per_sample
 from test_observer import assert_statistics, small, squares, total, train_on
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -379,3 +380,41 @@ def test_coverage_prints_a_table() -> None:
     assert len(lines) == 5
     assert [line.split()[0] for line in lines[1:]] == [name for name, _ in model.named_parameters()]
     assert "not measured: frozen" in lines[2]
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank adapter beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(6, 5).requires_grad_(False)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_low_rank_adapters(device: torch.device) -> None:
+    model = nn.Sequential(Adapted(), nn.Tanh(), nn.Linear(5, 3).requires_grad_(False)).to(device)
+    x, y = torch.randn(7, 4, 6, device=device), torch.randn(7, 12, device=device)
+    observer = ak.observe(model, coordinates=True, inner_products=True)
+    train_on(model, total, x, y)
+    assert_statistics(observer.statistics(), model, total, x, y, factor=7)
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-3, 1e-5])
+def test_samples_that_are_nearly_alike(device: torch.device, noise: float) -> None:
+    """tr Σ̂ is then a small difference of large sums; it keeps what their rounding leaves."""
+    model = nn.Sequential(nn.Linear(20, 10), nn.Tanh(), nn.Linear(10, 1)).to(device)
+    x = 1 + noise * torch.randn(64, 20, device=device)
+    y = torch.zeros(64, 1, device=device)
+    observer = ak.observe(model, coordinates=True, inner_products=True)
+    train_on(model, squares, x, y)
+    s = observer.statistics()
+    assert s.variance_trace >= 0
+    assert all((variance >= 0).all() for variance in s.coordinate_variance.values())
+    truth = per_sample(model, squares, x, y)
+    # Roundings of samples that are alike are alike: they do not average out.
+    rounding = 64 * torch.finfo(torch.float32).eps * truth.norms_sq.sum() / (len(x) - 1)
+    assert (s.variance_trace - truth.variance_trace).abs() <= rounding
+    assert truth.variance_trace > rounding or noise < 1e-2
