@@ -4,10 +4,9 @@
 // Cost: g is read once. Blocks of kBlock bytes of columns keep both running sums in L2, and groups
 // of rows share their loads and stores. That sharing decides: a row alone needs a dozen
 // instructions a cache line, so few lines fit into the reorder buffer that memory's latency is not
-// hidden (measured: 1 row 13 GB/s, 4 rows 31, 8 37, 16 40 on a core that reads 45).
+// hidden (measured: 1 row 13 GB/s, 4 rows 31, 8 37, 16 40 on a core that reads 50).
 // Rounding: runs of kRows rows are summed by themselves, so that the error grows with
-// kRows + rows / kRows and not with rows; likewise a row's squares
-// in runs of kNorm.
+// kRows + rows / kRows and not with rows; likewise a row's squares in runs of kNorm.
 
 #include "vector.inl"
 
