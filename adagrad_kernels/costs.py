@@ -145,11 +145,11 @@ def choose(call: Call, positions: int, rows: int, columns: int, linear: bool) ->
         return _library.method(rows, columns, positions, call.coordinates, linear)
     if triton_kernels.load_error or call.dtype == torch.float64:
         return "reference"
-    if not linear:
-        return "direct"
-    from .triton_kernels.linear import method_of  # imports triton
+    from .triton_kernels import conv  # they import triton
+    from .triton_kernels import linear as linear_kernels
 
-    return method_of(positions, rows, columns, call.coordinates)
+    kernels = linear_kernels if linear else conv
+    return kernels.method_of(positions, rows, columns, call.coordinates)
 
 
 def product(

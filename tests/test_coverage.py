@@ -391,3 +391,15 @@ def test_layers_in_several_kernels_move_more_bytes(layer: nn.Module, passes: int
     (cost,) = seen(layer, x).coverage().costs().values()
     assert cost.bytes == 5 * 4 * x.numel()  # forward 2, backward 2 for the parameters, 1 written
     assert cost.extra_bytes == passes * 4 * x.numel()
+
+
+@pytest.mark.parametrize("positions", [4, 1024])
+def test_convolutions_on_a_gpu_are_asked_of_their_own_kernels(
+    monkeypatch: pytest.MonkeyPatch, positions: int
+) -> None:
+    conv = pytest.importorskip("adagrad_kernels.triton_kernels.conv")
+    monkeypatch.setattr(costs.triton_kernels, "load_error", "")
+    call = costs.Call(samples=8, inputs=1, outputs=1, device="cuda")
+    found = costs.choose(call, positions, 512, 4608, linear=False)
+    assert found == conv.method_of(positions, 512, 4608, False)
+    assert found == ("gram" if positions == 4 else "direct")
