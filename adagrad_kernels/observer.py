@@ -111,6 +111,7 @@ class Observer(Recorder):
         self.model = model
         self.partial = layers is not None
         self._layers = layers_
+        self._found_in_probe: list[set[str]] = []  # layers that only the probe has told of
         for layer in self._layers:
             layer.coordinate_probes()
 
@@ -183,8 +184,9 @@ class Observer(Recorder):
     def check(self) -> None:
         """Raises what is known to be wrong with the measurements so far.
 
-        One transfer from the device if the model is compiled or something seems to be missing,
-        otherwise none.
+        One transfer from the device if something seems to be missing: in a compiled model, which
+        tells of its calls through the probe alone, when these parameters get gradients for the
+        first time (later `statistics` finds out); otherwise none.
 
         Raises:
             RuntimeError: layers that disagree about the number of samples; backward passes that
@@ -202,10 +204,12 @@ class Observer(Recorder):
         if self._faults:
             raise RuntimeError(self._faults[0])
         with_grad = self._layers_with_grad()
-        if self._micro_batches and not with_grad.keys() <= self._measured_layers():
+        unknown = with_grad.keys() - self._measured_layers()
+        if self._micro_batches and unknown and unknown not in self._found_in_probe:
             probes = [probe for probe, _ in self._micro_batches]
             _, least, most, outside = ops.pool_samples(probes, self.rows())[1].tolist()
             self._check_calls(with_grad, least, most, outside)
+            self._found_in_probe.append(unknown)
         return with_grad
 
     def statistics(

@@ -9,6 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from . import backward_rows
 from .distributed import Ranks
 from .functional import Call, WeightUpdate
 from .layers import ObservedLayer
@@ -136,7 +137,7 @@ class Recorder:
     def _collect(self, probe: Tensor) -> None:
         """The hook: one backward pass is over, and the probe's gradient is complete."""
         assert probe.grad is not None
-        rows: int | None = None
+        rows = backward_rows.noted()
         calls = self._calls
         if calls:
             rows = calls[0].samples
@@ -206,7 +207,8 @@ class Recorder:
     def rows(self) -> list[int]:
         """The number of samples of each micro-batch since the last reset.
 
-        Reads the device where the whole model is compiled: then only the probe knows.
+        Reads the device where the whole model is compiled and `backward_rows` has noted nothing:
+        then only the probe knows.
         """
         for k, (probe, known) in enumerate(self._micro_batches):
             if known is None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adagrad_kernels as ak
+from adagrad_kernels import backward_rows, triton_kernels
 
 READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "nonzero")
 COPIES = ("new_tensor",)
@@ -100,6 +101,62 @@ def test_reads_of_a_step(
         with counted_reads(device, monkeypatch) as reads:
             step()
         assert len(reads) == tested, f"{'tested' if tested else 'untested'} step: {reads}"
+
+
+@pytest.mark.filterwarnings("ignore:<class .*Function'> should not be inst:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_reads_of_a_compiled_step(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where the layers tell nobody of their calls."""
+    torch.compiler.reset()
+    if device.type == "cpu":  # where ops are not launched from Python, and reading is free
+        monkeypatch.setattr(backward_rows, "noted", lambda: 8)
+    model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.LayerNorm(5), nn.Flatten(), nn.Linear(40, 3))
+    model.to(device)
+    opt = ak.AdAdaGrad(model, batch_size=8, max_batch_size=8, every=2)
+    compiled = torch.compile(model, fullgraph=True)
+    x, classes = torch.randn(8, 8, 7, device=device), torch.randint(3, (8,), device=device)
+
+    def backward() -> None:
+        F.cross_entropy(compiled(x), classes).backward()
+
+    for tested in (None, None, True, False, True, False):
+        backward()  # compiles, which reads as well
+        with counted_reads(device, monkeypatch) as reads:
+            opt.step()
+            opt.zero_grad()
+        if tested is not None:
+            assert len(reads) == tested, f"{'tested' if tested else 'untested'} step: {reads}"
+    opt.cycle.observer.detach()
+
+
+class Marked(torch.autograd.Function):
+    """An op on the CPU, called as those on CUDA devices are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x @ w.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor]:
+        call = triton_kernels._kernel("linear_weight_grad")
+        return None, call(
+            grad_out.unsqueeze(1), ctx.saved_tensors[0].unsqueeze(1), 16, True, False, False
+        )[0]
+
+
+def test_ops_on_cuda_devices_note_the_rows_of_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_kernels, "_capable", lambda _: False)  # the reference computes
+    seen = []
+    w = torch.randn(2, 3, requires_grad=True)
+    w.register_hook(lambda _: seen.append(backward_rows.noted()))
+    for rows in (5, 7):
+        Marked.apply(torch.randn(rows, 3), w).sum().backward()
+        assert backward_rows.noted() is None  # no backward pass runs
+    (w * w).sum().backward()
+    assert seen == [5, 7, None]
 
 
 def test_the_reads_are_seen(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

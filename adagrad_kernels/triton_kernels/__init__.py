@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library, reference
+from .. import _library, backward_rows, reference
 
 FAMILIES = {
     "sample_statistics": "statistics",
@@ -31,6 +31,8 @@ FAMILIES = {
     "norm_backward": "norm",
 }
 """The module that holds each op's kernels."""
+_OF_SAMPLES = ("_weight_grad", "_backward", "linear_adagrad_")
+"""How the names end of ops whose first operand has the samples of a backward pass in dim 0."""
 
 
 @cache
@@ -53,8 +55,12 @@ def suits(*arguments: Any) -> bool:
 
 
 def _kernel(name: str) -> Callable[..., Any]:
+    of_samples = name.endswith(_OF_SAMPLES)
+
     def call(*arguments: Any) -> Any:
         tensors = arguments[0]
+        if of_samples:
+            backward_rows.note(tensors.shape[0])
         device = (tensors if isinstance(tensors, Tensor) else tensors[0]).device
         if not (suits(*arguments[:2]) and _capable(device)):
             return getattr(reference, name)(*arguments)
