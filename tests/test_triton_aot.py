@@ -133,6 +133,7 @@ MEMORY_BOUND: dict[str, Any] = {
         ),
     ),
     "sample_statistics": (statistics.sample_statistics, (meta(64, 100_000, dtype=BF16),)),
+    "pool_samples": (statistics.pool_samples, ([meta(2, 1024)] * 2, [1000, 1000])),
     "adagrad": (
         adagrad.adagrad_,
         (WEIGHTS, WEIGHTS, WEIGHTS, WEIGHTS, 0.1, 1e-10, 0.0, False, 1.0, 8),
@@ -254,6 +255,7 @@ def test_unsuitable_arguments_go_to_the_reference() -> None:
     assert not triton_kernels.suits(meta(2, 3, dtype=torch.float64), meta(2, 3))
     assert not triton_kernels.suits([meta(2), meta(2, dtype=torch.float64)], [meta(2), meta(2)])
     assert not triton_kernels.suits(meta(0, 3), meta(0, 3))
+    assert triton_kernels.suits([meta(2, 3)], [2])
     assert not triton_kernels.suits(meta(2, 2**31), meta(2, 3))
 
 

@@ -291,6 +291,20 @@ def test_sample_statistics(shape: tuple[int, int], dtype: torch.dtype) -> None:
     compare(statistics.sample_statistics, reference.sample_statistics, g)
 
 
+@pytest.mark.parametrize("rows", [[5], [3, 0, 40], [0, 1100], [2000, 1], [0, 0]])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_pool_samples(rows: list[int], spare: int) -> None:
+    probes = [torch.rand(2, n + spare) for n in rows]
+    for probe in probes:
+        probe[1] = torch.randint(1, 4, probe.shape[1:]).float()
+    norms, totals = statistics.pool_samples(probes, rows)
+    expected_norms, expected = reference.pool_samples(probes, rows)
+    assert torch.equal(norms, expected_norms)
+    assert totals.dtype == torch.float64
+    torch.testing.assert_close(totals[0], expected[0], rtol=1e-14, atol=0)
+    assert torch.equal(totals[1:], expected[1:])
+
+
 def parameters() -> list[Tensor]:
     image = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     return [torch.randn(3, 5), image, torch.randn(3000), torch.randn(()), torch.randn(0)]
@@ -399,6 +413,8 @@ def test_embedding_and_scale_shapes_that_do_not_fit() -> None:
         )
     with pytest.raises(RuntimeError, match="expected g"):
         statistics.sample_statistics(torch.ones(3))
+    with pytest.raises(RuntimeError, match="4 rows in a probe of capacity 3"):
+        statistics.pool_samples([torch.ones(2, 3)], [4])
 
 
 @pytest.mark.parametrize("name", triton_kernels.FAMILIES)
@@ -415,6 +431,7 @@ def test_registered_functions_take_what_the_schemas_give(
     rest = (True, True, True)
     arguments = {
         "sample_statistics": (torch.randn(3, 4),),
+        "pool_samples": ([torch.rand(2, 4)], [3]),
         "adagrad_": (p, g, [torch.ones(3)], [], 0.1, 1e-10, 0.0, False, 1.0, 2),
         "adagrad_norm_": (p, g, v, [], [0.1], 1e-10, [0.0], False, 1.0, 2),
         "grad_norm_sq": (g,),

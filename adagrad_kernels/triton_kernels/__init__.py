@@ -20,6 +20,7 @@ from .. import _library, backward_rows, reference
 
 FAMILIES = {
     "sample_statistics": "statistics",
+    "pool_samples": "statistics",
     "adagrad_": "adagrad",
     "adagrad_norm_": "adagrad",
     "grad_norm_sq": "adagrad",
@@ -47,7 +48,7 @@ def suits(*arguments: Any) -> bool:
     """
     for argument in arguments:
         for t in [argument] if isinstance(argument, Tensor) else argument or ():
-            if t.dtype == torch.float64:
+            if isinstance(t, Tensor) and t.dtype == torch.float64:
                 return False
             if isinstance(argument, Tensor) and (not t.numel() or t.shape[1:].numel() >= 2**31):
                 return False
