@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from torch import nn
 
 from .layers import OBSERVED, ObservedLayer, fallback_class, observed_class
-
-if TYPE_CHECKING:
-    from .observer import Observer
+from .layers.base import CallRecorder
 
 
 class UnsupportedLayerError(TypeError):
@@ -26,7 +24,7 @@ class UnsupportedLayerError(TypeError):
 
 def attach(
     model: nn.Module,
-    observer: Observer,
+    observer: CallRecorder,
     fallback: str,
     chosen: Iterable[str | nn.Module] | None = None,
 ) -> tuple[list[ObservedLayer], dict[nn.Parameter, str], set[ObservedLayer]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -86,6 +87,50 @@ def _ratios(cost: Cost) -> tuple[str, str]:
 def percent(ratio: float) -> str:
     """A ratio for people: +3.1 %, +250 %."""
     return f"+{ratio:.0%}" if ratio >= 0.995 else f"+{ratio:.1%}"
+
+
+def coverage_of(
+    model: nn.Module,
+    layers: Sequence[ObservedLayer],
+    names: dict[nn.Parameter, str],
+    tied: set[ObservedLayer],
+    coordinates: bool,
+    inner_products: bool,
+    partial: bool,
+) -> Coverage:
+    """A record for every parameter of the observed layers, and of the others if there are any.
+
+    Args:
+        model: what is observed.
+        layers: its observed layers.
+        names: of all parameters.
+        tied: layers that share a parameter with another one.
+        coordinates: whether coordinate sums are measured.
+        inner_products: whether inner products are.
+        partial: whether there are layers that were not chosen.
+    """
+    measured = {p for layer in layers for p in layer.trainable().values()}
+    records = Coverage()
+    for layer in layers:
+        kind, owner = layer.plain_class.__name__, layer.observed_name
+        cost = cost_of(layer, coordinates, inner_products)
+        how = layer.observed_method if cost is None else cost.method
+        if layer in tied:
+            how += ", cross terms"
+        trainable = layer.trainable().values()
+        for p in cast(nn.Module, layer).parameters():
+            if any(p is q for q in trainable):
+                records.append(CoverageRecord(names[p], kind, how, "", owner, cost))
+            elif p not in measured:  # otherwise it belongs to an observed layer inside this one
+                records.append(CoverageRecord(names[p], kind, "", "frozen", owner))
+    if partial:
+        known = {record.name for record in records}
+        for module in model.modules():
+            for p in module.parameters(recurse=False):
+                if names[p] not in known:
+                    kind = type(module).__name__
+                    records.append(CoverageRecord(names[p], kind, "", "not chosen"))
+    return records
 
 
 def cost_of(layer: ObservedLayer, coordinates: bool, inner_products: bool) -> Cost | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .attachment import attach, detached_class
-from .coverage import Coverage, CoverageRecord, cost_of
+from .coverage import Coverage, coverage_of
 from .distributed import (
     Group,
     Ranks,
@@ -146,33 +146,10 @@ class Observer(Recorder):
             2.bias                  Linear  outer product
             all layers with a cost                                    +8.5%       +18.6%
         """
-        records = Coverage()
-        for layer in self._layers:
-            kind, owner = layer.plain_class.__name__, layer.observed_name
-            cost = cost_of(layer, self.coordinates, self.inner_products)
-            how = layer.observed_method if cost is None else cost.method
-            if layer in self._tied:
-                how += ", cross terms"
-            trainable = layer.trainable().values()
-            for p in cast(nn.Module, layer).parameters():
-                if any(p is q for q in trainable):
-                    record = CoverageRecord(self._names[p], kind, how, "", owner, cost)
-                elif p in self._measured():
-                    continue  # belongs to an observed layer inside this one
-                else:
-                    record = CoverageRecord(self._names[p], kind, "", "frozen", owner)
-                records.append(record)
-        if self.partial:
-            known = {record.name for record in records}
-            for module in self.model.modules():
-                for p in module.parameters(recurse=False):
-                    if self._names[p] not in known:
-                        kind, reason = type(module).__name__, "not chosen"
-                        records.append(CoverageRecord(self._names[p], kind, "", reason))
-        return records
-
-    def _measured(self) -> set[nn.Parameter]:
-        return {p for layer in self._layers for p in layer.trainable().values()}
+        return coverage_of(
+            self.model, self._layers, self._names, self._tied,
+            self.coordinates, self.inner_products, self.partial,
+        )  # fmt: skip
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that is measured, each once, in the model's order."""

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from . import backward_rows
 from .distributed import Ranks
-from .functional import Call, WeightUpdate
+from .functional import Call
 from .layers import ObservedLayer
+from .layers.base import Updater
 from .selfcheck import unexplained
 from .shared import ObservedCall, cross_terms, repeated_uses
-
-
-class Updater(Protocol):
-    """Updates parameters during the backward pass, see `optim.in_backward`."""
-
-    def called(self, samples: int) -> None:
-        """A layer call with so many samples takes part in the present backward pass."""
-        ...
-
-    def update_of(self, layer: ObservedLayer, weight: Tensor) -> WeightUpdate:
-        """What may update the weight of a coming call."""
-        ...
-
-    def remove(self) -> None:
-        """The model is observed no longer."""
-        ...
 
 
 class Recorder:

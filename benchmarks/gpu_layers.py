@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adagrad_kernels import ops, reference
 
-if TYPE_CHECKING:
-    from .gpu import Bench
+from .gpu_bench import Bench
+from .gpu_ways import LR
 
 BF16, F32 = torch.bfloat16, torch.float32
-LR = 1e-3
 
 
 class Layer(NamedTuple):

@@ -3,15 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 
-if TYPE_CHECKING:
-    from ..observer import Observer
+
+class Updater(Protocol):
+    """Updates parameters during the backward pass, see `optim.in_backward`."""
+
+    def called(self, samples: int) -> None:
+        """A layer call with so many samples takes part in the present backward pass."""
+        ...
+
+    def update_of(self, layer: ObservedLayer, weight: Tensor) -> functional.WeightUpdate:
+        """What may update the weight of a coming call."""
+        ...
+
+    def remove(self) -> None:
+        """The model is observed no longer."""
+        ...
+
+
+class CallRecorder(Protocol):
+    """What the layers know of their observer: the interface of `recorder.Recorder`."""
+
+    probe: Tensor
+    coordinates: bool
+
+    @property
+    def updater(self) -> Updater | None:
+        """What updates weights during the backward pass, if anything does."""
+        ...
+
+    def probe_for(self, x: Tensor) -> Tensor:
+        """The probe, with room for x's samples and on its device."""
+        ...
+
+    def coordinate_probe(self, parameter: nn.Parameter) -> Tensor:
+        """What takes Σ_i c_i² of the parameter as its gradient."""
+        ...
+
+    def calling(self, call: functional.Call) -> None:
+        """Told by each eager layer call in the forward pass."""
+        ...
+
+    def called(
+        self, layer: ObservedLayer, call: functional.Call, saved: tuple[Tensor, ...]
+    ) -> None:
+        """Told by each eager layer call's backward pass."""
+        ...
+
+    def used_once(self, layer: ObservedLayer, call: functional.Call) -> bool:
+        """Whether this is the only use of the layer's parameters."""
+        ...
 
 
 class Seen(NamedTuple):
@@ -46,7 +93,7 @@ class ObservedLayer:
         """Why this instance cannot be observed although its class can; empty if it can."""
         return ""
 
-    def attach(self, observer: Observer, name: str) -> None:
+    def attach(self, observer: CallRecorder, name: str) -> None:
         """Called by the observer after the class was exchanged."""
         self._observer = observer
         self._call = functional.Call(functional.listen(self))

@@ -13,7 +13,7 @@ from ..criteria import Criterion
 from ..distributed import local
 from .base import AdaptiveAdagrad, Updated, Work, pooled_reductions
 from .cycled import LossScale
-from .in_backward import InBackward, Options, check_supported
+from .in_backward import InBackward, check_supported
 
 
 class AdAdaGrad(AdaptiveAdagrad):
@@ -158,15 +158,6 @@ class AdAdaGrad(AdaptiveAdagrad):
         found = super()._apply()
         self._in_backward.activate()
         return found
-
-    def update_options(self, p: Tensor, group: dict[str, Any]) -> Options:
-        """For an update during the backward pass."""
-        state = self._init_state(p, group)
-        rate = self._rate(group, state)
-        return Options(
-            state["sum"], state["step"], rate,
-            group["eps"], float(group["weight_decay"]), group["maximize"],
-        )  # fmt: skip
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[p]

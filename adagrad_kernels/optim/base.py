@@ -144,20 +144,20 @@ class AdaptiveAdagrad(Cycled, Optimizer):
         found = update(work, self.cycle.gradient_scale)
         return [w.param for w in work], work[0].lr, found
 
-    def _rate(self, group: dict[str, Any], state: dict[str, Any]) -> float:
-        """lr_k of a parameter."""
+    def state_and_rate(self, p: Tensor, group: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """A parameter's state, made where it is missing, and its lr_k."""
+        state = self._init_state(p, group)
         rate = float(group["lr"]) * self.cycle.controller.lr_factor
         if group["lr_decay"]:
             rate /= 1 + float(state["step"]) * group["lr_decay"]
-        return rate
+        return state, rate
 
     def _work(self) -> Iterator[Work]:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None or not p.requires_grad:
                     continue  # frozen: an old gradient is not followed
-                state = self._init_state(p, group)
-                yield Work(group, p, p.grad, state, self._rate(group, state))
+                yield Work(group, p, p.grad, *self.state_and_rate(p, group))
 
     def _coordinate_sums(self, work: list[Work]) -> list[Tensor]:
         """Σ_i c_i² for the update's kernel, where the coming test looks at coordinates."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..functional import Call
 from ..layers import ObservedLayer
-
-if TYPE_CHECKING:
-    from .adadagrad import AdAdaGrad
-    from .base import Updated
+from .base import AdaptiveAdagrad, Updated
 
 _COMPILED = (
     'update="in_backward" cannot run in a compiled model: it must see the backward pass of the '
@@ -66,7 +63,7 @@ class InBackward:
         active: whether the coming backward pass updates; not the first one.
     """
 
-    def __init__(self, optimizer: AdAdaGrad) -> None:
+    def __init__(self, optimizer: AdaptiveAdagrad) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._cycle = optimizer.cycle
         self._observer = optimizer.cycle.observer
@@ -169,9 +166,14 @@ class InBackward:
                 "also used outside its layer's forward. Call the layer instead; put weight "
                 "penalties into weight_decay"
             )
-        return optimizer.update_options(p, self._groups[p])
+        group = self._groups[p]
+        state, lr = optimizer.state_and_rate(p, group)
+        weight_decay = float(group["weight_decay"])
+        return Options(
+            state["sum"], state["step"], lr, group["eps"], weight_decay, group["maximize"]
+        )
 
-    def _check(self, optimizer: AdAdaGrad, this_pass: int) -> None:
+    def _check(self, optimizer: AdaptiveAdagrad, this_pass: int) -> None:
         refuse_processes(optimizer)
         if self._pass != this_pass or this_pass == -1:
             raise RuntimeError(_COMPILED)
@@ -254,7 +256,7 @@ class LinearUpdate(NamedTuple):
         return self.updater.update_linear(self.weight, grad_out, input, capacity, bias)
 
 
-def refuse_processes(optimizer: AdAdaGrad) -> None:
+def refuse_processes(optimizer: AdaptiveAdagrad) -> None:
     """Gradients are averaged over processes after the backward pass of a layer."""
     if optimizer.ranks.size > 1:
         raise ValueError(
@@ -263,7 +265,7 @@ def refuse_processes(optimizer: AdAdaGrad) -> None:
         )
 
 
-def check_supported(optimizer: AdAdaGrad, model: nn.Module) -> None:
+def check_supported(optimizer: AdaptiveAdagrad, model: nn.Module) -> None:
     """Raises ValueError for what cannot be updated during the backward pass."""
     refuse_processes(optimizer)
     criterion = optimizer.cycle.criterion

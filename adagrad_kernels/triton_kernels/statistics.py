@@ -76,9 +76,9 @@ def pool_samples_kernel(
         b_most = tl.maximum(b_most, tl.where(m_i, b_calls, float("-inf")))
         b_outside = tl.maximum(b_outside, tl.where(m_i, 0.0, b_calls))
     total = tl.sum(b_sum, axis=0)
-    least = tl.min(b_least, axis=0).to(tl.float64)
-    most = tl.max(b_most, axis=0).to(tl.float64)
-    outside = tl.max(b_outside, axis=0).to(tl.float64)
+    least = tl.min(b_least, axis=0)
+    most = tl.max(b_most, axis=0)
+    outside = tl.max(b_outside, axis=0)
     if not FIRST:
         total += tl.load(p_totals)
         least = tl.minimum(least, tl.load(p_totals + 1))
