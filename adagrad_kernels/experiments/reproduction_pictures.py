@@ -30,6 +30,7 @@ STYLES = {
     "sgd-large": (_BLACK, "--"),
     "adagrad-small": (_BLUE, "-"),
     "adagrad-large": (_BLUE, "--"),
+    "adagrad-large-unswept": (_BLUE, ":"),
     "adadagrad-0.05": (_SKY, "-."),
     "adadagrad-0.1": (_RED, "-"),
     "adadagrad-0.25": (_GREEN, "--"),
@@ -56,14 +57,15 @@ def draw(records: Sequence[Record], adaptive: str, folder: Path) -> None:
         UsageError: matplotlib is missing, or a file cannot be written.
     """
     runs = [r for r in records if not r["failed"]]
-    fixed = ("sgd-small", "sgd-large", "adagrad-small", "adagrad-large")
+    large = ("adagrad-large", "adagrad-large-unswept")
+    fixed = ("sgd-small", "sgd-large", "adagrad-small", *large)
     etas = tuple(f"adadagrad-{eta}" for eta in ("0.05", "0.1", "0.25", "0.5"))
     tests = tuple(
         f"adadagrad-{t}" for t in ("inner", "augmented", "coordinate-metric", "coordinate")
     )
     groups = {
         "main.png": (*fixed, adaptive, "adadagradnorm"),
-        "eta.png": (*etas, "adagrad-small", "adagrad-large"),
+        "eta.png": (*etas, "adagrad-small", *large),
         "tests.png": (adaptive, *tests),
     }
     figures = {name: _curves(_of(runs, methods)) for name, methods in groups.items()}
@@ -71,7 +73,7 @@ def draw(records: Sequence[Record], adaptive: str, folder: Path) -> None:
         _of(runs, (*etas, "adadagradnorm")), _of(runs, (adaptive, *tests))
     )
     figures["generalisation_gap.png"] = _gaps(
-        _of(runs, ("sgd-large", "adagrad-small", "adagrad-large", adaptive, "adadagradnorm"))
+        _of(runs, ("sgd-large", "adagrad-small", *large, adaptive, "adadagradnorm"))
     )
     for name, figure in figures.items():
         if figure is None:

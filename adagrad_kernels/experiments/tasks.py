@@ -42,6 +42,7 @@ METHODS: dict[str, Method] = {
     "sgd-large": Method("sgd", "large", "sgd-large"),
     "adagrad-small": Method("adagrad", "small", "adagrad-small"),
     "adagrad-large": Method("adagrad", "large", "adagrad-large"),
+    "adagrad-large-unswept": Method("adagrad", "large", "adagrad-small"),
     "adadagrad-0.05": _adadagrad(eta=0.05),
     "adadagrad-0.1": _adadagrad(eta=0.1),
     "adadagrad-0.25": _adadagrad(eta=0.25),
