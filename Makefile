@@ -20,13 +20,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
+DEMO := $(VENV)/.demo
 SOURCES := $(shell find csrc -type f)
 PYTHON_FILES := adagrad_kernels tests benchmarks $(wildcard docs/*.py) examples tools setup.py
 
 .PHONY: train test bench docs check-gpu sanitize lint format clean distclean
 .DELETE_ON_ERROR:
 
-train: $(COMPILED)
+train: $(if $(wildcard $(INSTALLED)),$(COMPILED),$(DEMO))
 	$(BIN)/adagrad-kernels train --compare --out runs/digits
 
 test: $(COMPILED)
@@ -63,11 +64,19 @@ format: $(INSTALLED)
 	$(BIN)/clang-format -i $(SOURCES)
 
 # The environment and everything to be imported, the package itself in editable mode.
-$(INSTALLED): pyproject.toml setup.py tools/build_backend.py
+define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install "pip>=23" "setuptools>=77" ninja "$(TORCH)"
-	$(BIN)/python -m pip install --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[$(1)]"
 	touch $@
+endef
+
+$(INSTALLED): pyproject.toml setup.py tools/build_backend.py
+	$(call install,dev)
+
+# As much of it as training takes, where nothing has been installed yet.
+$(DEMO): pyproject.toml setup.py tools/build_backend.py $(SOURCES)
+	$(call install,experiments)
 
 # After that only the kernels, and of those only what changed.
 $(COMPILED): $(INSTALLED) $(SOURCES) tools/find_cuda.py

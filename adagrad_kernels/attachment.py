@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import OBSERVED, ObservedLayer, fallback_class, observed_class
 from .layers.base import CallRecorder
@@ -37,6 +37,9 @@ def attach(
     names = {p: name for name, p in model.named_parameters()}
     if not any(p.requires_grad for p in names):
         raise ValueError("the model has no trainable parameters: there is nothing to observe")
+    for module in model.modules():
+        if isinstance(module, ObservedLayer) and module.abandoned:
+            module.detach()
     inside = None if chosen is None else _modules_in(model, chosen)
     plan = _plan(model, fallback, inside)
     if inside is not None:
@@ -114,14 +117,23 @@ def _plan(
             continue
         if inside is not None and module not in inside:
             continue
-        own = dict(module.named_parameters(recurse=False))
+        computed = _computed(module)
+        own = dict(module.named_parameters(recurse=bool(computed)))
         if isinstance(module, ObservedLayer):
-            raise ValueError(f"layer {name!r} is observed already; detach that observer first")
+            raise ValueError(
+                f"layer {_called(name)} is observed already: call detach() of the optimizer (or "
+                "observer) that was made for this model before, or make the model anew"
+            )
         if any(nn.parameter.is_lazy(p) for p in own.values()):
             raise ValueError(f"layer {name!r} is lazy; run one forward pass before observing")
         trainable = [key for key, p in own.items() if p.requires_grad]
-        observed = observed_class(type(module)) if own else None
+        observed = observed_class(type(module)) if own and not (computed and trainable) else None
         reason = observed.refusal(module) if observed is not None and trainable else ""
+        if computed:
+            reason = (
+                f"its {computed} is computed from other parameters, as by pruning, weight_norm or "
+                "torch.nn.utils.parametrize"
+            )
         if observed is not None and not reason:
             plan[name] = module, observed
         elif trainable and fallback == "vmap":
@@ -132,14 +144,31 @@ def _plan(
     return plan
 
 
+def _computed(module: nn.Module) -> str:
+    """The name of a tensor that stands in the place of a parameter; empty if there is none."""
+    if nn.utils.parametrize.is_parametrized(module):
+        return next(iter(module.parametrizations.keys()))  # type: ignore[union-attr, operator]
+    for key, value in vars(module).items():
+        # What pruning and the old weight_norm leave: weight_orig, weight_mask; weight_g, weight_v.
+        if isinstance(value, Tensor) and any(p.startswith(f"{key}_") for p in module._parameters):
+            return key
+    return ""
+
+
+def _called(name: str) -> str:
+    return repr(name or "(the model itself)")
+
+
 def _unsupported(name: str, module: nn.Module, trainable: list[str], reason: str) -> str:
     known = ", ".join(cls.__name__ for cls in OBSERVED)
     kind = type(module).__name__
     return (
-        f"layer {name or '(the model itself)'!r} ({kind}) has trainable parameters "
+        f"layer {_called(name)} ({kind}) has trainable parameters "
         f"({', '.join(trainable)}) whose per-sample gradients cannot be measured"
         + (f" ({reason})" if reason else "")
         + f". Supported: {known} and subclasses that keep their forward. Freeze the parameters "
-        "with requires_grad_(False), replace the layer, or observe with "
-        'fallback="vmap" (exact for modules whose samples do not influence each other, but slow).'
+        'with requires_grad_(False); replace the layer; observe with fallback="vmap", which is '
+        "exact for modules whose samples do not influence each other, but slow, and takes the "
+        "module with everything in it (give an odd parameter a module of its own); test chosen "
+        "layers only (observe_layers=); or take WorkerNormTest, which needs no samples' gradients."
     )

@@ -159,7 +159,7 @@ def cost_of(layer: ObservedLayer, coordinates: bool, inner_products: bool) -> Co
 
 
 def _of_call(layer: Any, key: int, seen: Seen, call: Call) -> Cost:
-    if isinstance(layer, nn.MultiheadAttention):
+    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
         return _projection(layer, key, seen, call)
     if isinstance(layer, _ConvNd):
         return _conv(layer, seen, call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Protocol, cast
 
@@ -13,6 +14,8 @@ from torch.utils.data._utils.pin_memory import pin_memory as pin_memory_of
 from .batch_size import BatchSizeController
 from .distributed import Ranks
 from .stream import MicroBatch, SampleStream
+
+logger = logging.getLogger("adagrad_kernels")
 
 
 class HasController(Protocol):
@@ -124,6 +127,7 @@ class AdaptiveDataLoader:
         self._end = 0  # samples at the end of the epoch that is being served
         self._fetch = _Fetch(dataset, collate_fn)
         self._pin_memory = pin_memory
+        self._told = False
         self._workers: DataLoader[Any] | None = None
         if num_workers:
             self._workers = DataLoader(
@@ -167,6 +171,13 @@ class AdaptiveDataLoader:
         self._end = end = (stream.epoch + 1) * stream.length
         fetch = self._fetch_here if self._workers is None else _from_workers(self._workers)
         while stream.inside_batch or stream.samples < end:
+            if not self._told and self.controller.batch_size > stream.length:
+                self._told = True
+                logger.warning(
+                    "the batch size (%d) exceeds the dataset's %d samples, so that a batch holds "
+                    "samples twice: lower max_batch_size",
+                    self.controller.batch_size, stream.length,
+                )  # fmt: skip
             micro_batch = fetch(stream.next())
             stream.take()
             yield micro_batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -111,9 +112,15 @@ class Observer(Recorder):
         self.model = model
         self.partial = layers is not None
         self._layers = layers_
+        self.owner: weakref.ref[object] | None = None  # the optimizer's part that made it, if any
         self._found_in_probe: list[set[str]] = []  # layers that only the probe has told of
         for layer in self._layers:
             layer.coordinate_probes()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it was made for an optimizer that is no more."""
+        return self.owner is not None and self.owner() is None
 
     def detach(self) -> None:
         """Gives every layer its class back. The model is as it was."""

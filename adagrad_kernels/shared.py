@@ -126,6 +126,6 @@ def _add_explicit(a: Use, b: Use, norms: Tensor, sums: Tensor | None) -> None:
             for use in (a, b)
         )
         product = 2 * left.to(norms.dtype) * right.to(norms.dtype)
-        norms[rows] += product.flatten(1).sum(1)
+        norms[rows] += product.reshape(len(product), -1).sum(1)
         if sums is not None:
             sums += product.sum(0)

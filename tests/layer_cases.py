@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.utils.parametrize
 from torch import Tensor, nn
 
 
@@ -68,6 +69,17 @@ class Twice(nn.Module):
         return self.layer(self.layer(x).tanh())
 
 
+class Scaled(nn.Module):
+    """A parameter without dimensions, and an output without features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.inner = nn.Parameter(torch.randn(())), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.inner(x).tanh().sum(1)
+
+
 class Custom(nn.Module):
     """A parameter of its own, and a layer inside."""
 
@@ -77,6 +89,37 @@ class Custom(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x @ self.matrix).sigmoid()
+
+
+class First(nn.Module):
+    """The first of a layer's outputs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer whose outputs and last state are both looked at."""
+
+    def __init__(self, kind: type[nn.RNNBase], given: bool = False, **options) -> None:
+        super().__init__()
+        self.layer, self.given = kind(4, 5, **options), given
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.layer.batch_first
+        x = x.tanh()
+        inputs = (x if first else x.transpose(0, 1),)
+        if self.given:  # a state before the first position
+            state = x.mean(1).repeat(1, 2)[:, :5].unsqueeze(0)
+            inputs += ((state, state.cos()) if isinstance(self.layer, nn.LSTM) else state,)
+        y, end = self.layer(*inputs)
+        ends = end if isinstance(end, tuple) else (end,)
+        looked_at = [y if first else y.transpose(0, 1), *(e.transpose(0, 1) for e in ends)]
+        return torch.cat([t.flatten(1) for t in looked_at], 1)
 
 
 def between(layer: nn.Module, width: int = 6) -> nn.Sequential:
@@ -113,6 +156,20 @@ def frozen_projections() -> nn.Module:
     for p in (model.attention.in_proj_weight, model.attention.in_proj_bias):
         p.requires_grad_(False)
     return model
+
+
+class Symmetric(nn.Module):
+    """A matrix that is its own transpose."""
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        return matrix.triu() + matrix.triu(1).mT
+
+
+def parametrized() -> nn.Module:
+    """A layer whose weight is computed whenever it is asked for."""
+    layer = nn.Linear(5, 5)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Symmetric())
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 2))
 
 
 def encoder() -> nn.TransformerEncoder:
@@ -175,6 +232,31 @@ CASES = {
         lambda: Attention(need_weights=False, add_zero_attn=True, batch_first=True), (4, 5, 4)
     ),
     "encoder": Case(encoder, (4, 5, 8)),
+    "lstm": Case(
+        lambda: Recurrent(nn.LSTM, given=True, batch_first=True), (4, 5, 4), compiles=False
+    ),
+    "lstm-deep": Case(
+        lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), (4, 3, 4), compiles=False
+    ),
+    "lstm-projected": Case(
+        lambda: Recurrent(nn.LSTM, num_layers=2, proj_size=3, bias=False),
+        (4, 3, 4),
+        compiles=False,
+    ),
+    "gru": Case(
+        lambda: Recurrent(nn.GRU, num_layers=2, bidirectional=True, batch_first=True),
+        (4, 3, 4),
+        compiles=False,
+    ),
+    "gru-no-bias": Case(
+        lambda: Recurrent(nn.GRU, given=True, bias=False), (4, 1, 4), compiles=False
+    ),
+    "rnn": Case(lambda: Recurrent(nn.RNN, num_layers=2), (4, 3, 4), compiles=False),
+    "rnn-relu": Case(
+        lambda: Recurrent(nn.RNN, nonlinearity="relu", batch_first=True),
+        (4, 3, 4),
+        compiles=False,
+    ),
     "tied": Case(lambda: Language(tied=True), (6, 9), tokens=True, compiles=False),
     "tied-padding": Case(
         lambda: Language(tied=True, padding_idx=3), (6, 9), tokens=True, compiles=False
@@ -184,5 +266,15 @@ CASES = {
     "twice-conv": Case(lambda: Twice(nn.Conv2d(3, 3, 3, padding=1)), (6, 3, 5, 5), compiles=False),
     "twice-norm": Case(lambda: Twice(nn.LayerNorm(5)), (6, 3, 5), compiles=False),
     "vmap": Case(lambda: between(Custom(), 4)[:2], (6, 5), fallback="vmap", compiles=False),
+    "vmap-scalar": Case(
+        lambda: nn.Sequential(nn.Linear(4, 4), Scaled(), nn.Unflatten(0, (-1, 1))),
+        (6, 4),
+        fallback="vmap",
+        compiles=False,
+    ),
+    "vmap-parametrized": Case(parametrized, (6, 5), fallback="vmap", compiles=False),
+    "recurrent-twice": Case(
+        lambda: Twice(First(nn.GRU(4, 4, batch_first=True))), (4, 3, 4), compiles=False
+    ),
     "vmap-whole": Case(Custom, (6, 4), fallback="vmap", compiles=False),
 }

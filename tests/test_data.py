@@ -344,3 +344,13 @@ class TestErrors:
         loader = make(**{"length": 10, **other})
         with pytest.raises(ValueError, match=next(iter(other))):
             loader.load_state_dict(make(10).state_dict())
+
+
+def test_a_batch_larger_than_the_dataset_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    controller = BatchSizeController(4, max_batch_size=64)
+    loader = AdaptiveDataLoader(Numbers(10), controller)
+    list(loader)
+    assert not caplog.text
+    grow(controller, 16)
+    list(loader), list(loader)
+    assert caplog.text.count("the batch size (16) exceeds the dataset's 10 samples") == 1

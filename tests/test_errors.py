@@ -106,6 +106,36 @@ def test_micro_batches_of_different_sizes(make: Make) -> None:
 
 
 @all_optimizers
+@pytest.mark.parametrize("criterion", ["norm", ak.NormTest, 0.1])
+def test_what_is_no_criterion(make: Make, criterion: Any) -> None:
+    with pytest.raises(TypeError, match=r"criterion must be one such as NormTest\(0\.1\)"):
+        make(network(), criterion=criterion)
+
+
+@all_optimizers
+def test_unknown_arguments(make: Make) -> None:
+    with pytest.raises(TypeError, match="unexpected argument 'fallbak'; there are growth_limit"):
+        make(network(), fallbak="vmap")
+
+
+def test_another_dtype_under_the_optimizer() -> None:
+    model = network()
+    opt = diagonal(model, batch_size=8)
+    model.float()
+    with pytest.raises(RuntimeError, match=r"is torch\.float32 on cpu now, its accumulator"):
+        train(model, opt, [tuple(t.float() for t in batches(1, 8)[0])])
+
+
+def test_the_same_warning_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    opt = diagonal(model, criterion=ak.WorkerNormTest(0.1), batch_size=8)
+    with caplog.at_level(logging.WARNING, "adagrad_kernels"):
+        train(model, opt, batches(3, 8))
+    assert caplog.text.count("the batch size stays at 8") == 1
+    assert "max_micro_batch_size" in caplog.text
+
+
+@all_optimizers
 def test_step_without_backward(make: Make) -> None:
     model = network()
     opt = make(model, batch_size=8, max_batch_size=8)

@@ -32,7 +32,32 @@ def cases() -> dict[str, Case]:
     def norm(ours: Callable, *options: Any) -> Callable:
         return lambda x, w, b, *probes: ours(x, *options, w, b, 1e-5, *probes)
 
+    h, c, w_x, b_x = randn(3, 2), randn(3, 4), randn(16, 5), randn(16)
+
+    def gru(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        weights, one = [w_x[:12], w, b_x[:12], b], c.unsqueeze(0)
+        return torch.gru(x, one, weights, True, 1, 0.0, True, False, True)[0]
+
+    def lstm(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        states = [h.unsqueeze(0), c.unsqueeze(0)]
+        weights = [w_x, w_x[:, :2], w]
+        return torch.lstm(x, states, weights, False, 1, 0.0, True, False, True)[0]
+
     return {
+        "gru": (
+            lambda x, w, b, probe, *of: af.recurrent(
+                "GRU", x, [c], [w_x[:12], w, b_x[:12], b, None], probe,
+                [None, of[0], None, of[1], None],
+            )[0],
+            gru, randn(3, 6, 5), randn(12, 4), randn(12),
+        ),
+        "lstm, projection": (
+            lambda x, w, b, probe, *of: af.recurrent(
+                "LSTM", x, [h, c], [w_x, w_x[:, :2].contiguous(), None, None, w], probe,
+                [None, None, None, None, of[0]],
+            )[0],
+            lstm, randn(3, 6, 5), randn(2, 4), None,
+        ),
         "linear": (af.linear, F.linear, randn(3, 2, 4), randn(5, 4), randn(5)),
         "linear without bias": (af.linear, F.linear, randn(3, 4), randn(5, 4), None),
         "conv": (
@@ -194,6 +219,15 @@ def test_embedding_does_not_guess_what_one_dimension_means() -> None:
     probe = leaf(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"do not tell samples from positions.*unsqueeze\(1\)"):
         af.embedding(torch.tensor([0, 1]), leaf(torch.ones(3, 2)), None, probe)
+
+
+def test_recurrent_takes_sequences_and_known_modes() -> None:
+    probe, h, weights = leaf(torch.zeros(2, 3)), [torch.zeros(3, 2)], [torch.ones(2, 2)] * 2
+    for x in (torch.ones(3, 2), torch.ones(3, 0, 2)):
+        with pytest.raises(ValueError, match=r"expected an input \[samples, positions, features\]"):
+            af.recurrent("RNN_TANH", x, h, [*weights, None, None, None], probe)
+    with pytest.raises(ValueError, match="mode must be one of LSTM, GRU, RNN_TANH, RNN_RELU"):
+        af.recurrent("tanh", torch.ones(3, 1, 2), h, [*weights, None, None, None], probe)
 
 
 def test_inputs_without_samples() -> None:

@@ -1,11 +1,17 @@
 """Every layer × every statistic against float64 per-sample autograd, in every way of running."""
 
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.utils.prune
 from layer_cases import CASES, Case, between_convolutions
 from per_sample import per_sample
 from tolerance import assert_close_to_truth
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -81,6 +87,7 @@ def test_compiled(device: torch.device, case: Case) -> None:
 
 @every_layer
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_bfloat16_autocast(device: torch.device, case: Case) -> None:
     model = case.make().to(device)
     x = case.input(device, torch.float32)
@@ -185,7 +192,7 @@ def test_embedding_of_positions_is_refused(device: torch.device) -> None:
         (nn.Embedding(5, 3, sparse=True), "sparse=False"),
         (nn.Embedding(5, 3, scale_grad_by_freq=True), "scale_grad_by_freq"),
         (nn.MultiheadAttention(4, 2, add_bias_kv=True), "add_bias_kv"),
-        (nn.LSTM(3, 3), 'fallback="vmap"'),
+        (nn.EmbeddingBag(3, 3), 'fallback="vmap"'),
         (nn.Bilinear(3, 3, 3), "Bilinear"),
     ],
 )
@@ -193,6 +200,118 @@ def test_refused_layers_name_the_reason(layer: nn.Module, message: str) -> None:
     with pytest.raises(ak.UnsupportedLayerError, match=message) as error:
         ak.observe(nn.ModuleDict({"inner": layer}))
     assert "'inner'" in str(error.value)
+
+
+def normed(old: bool) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the old one is deprecated
+        norm = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+        return norm(nn.Linear(3, 3))
+
+
+def masked() -> nn.Module:
+    return torch.nn.utils.prune.random_unstructured(nn.Linear(3, 3), "weight", amount=0.5)
+
+
+@pytest.mark.parametrize("make", [lambda: normed(True), lambda: normed(False), masked])
+def test_a_weight_that_is_computed_is_refused_by_name(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ak.UnsupportedLayerError, match="its weight is computed") as error:
+        ak.observe(nn.ModuleDict({"inner": make()}))
+    assert "'inner'" in str(error.value)
+
+
+def test_a_weight_that_became_computed_is_noticed(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(3, 3)).to(device)
+    observer = ak.observe(model)
+    x = torch.randn(4, 3, device=device)
+    loss(model(x)).backward()
+    observer.statistics(), observer.reset()
+    torch.nn.utils.prune.random_unstructured(model[0], "weight", amount=0.5)
+    loss(model(x)).backward()
+    with pytest.raises(RuntimeError, match="layer '0': weight is no parameter any more"):
+        observer.statistics()
+
+
+def test_pruned_weights_are_measured_by_vmap(device: torch.device) -> None:
+    model, x = masked().to(device), torch.randn(4, 3, device=device)
+    truth = []
+    for row in x:
+        loss(model(row.unsqueeze(0))).backward()
+        truth.append(sum(p.grad.square().sum() for p in model.parameters()))
+        model.zero_grad()
+    observer = ak.observe(model, fallback="vmap")
+    loss(model(x)).backward()
+    assert_close(observer.statistics().sample_norms_sq, torch.stack(truth))
+
+
+class Returns(nn.Module):
+    """Returns what is given to it, beside an output."""
+
+    def __init__(self, other: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.weight, self.other = nn.Parameter(torch.ones(3)), other
+
+    def forward(self, x: Tensor) -> Any:
+        return x * self.weight, self.other(x)
+
+
+@pytest.mark.parametrize(
+    ("other", "got"),
+    [
+        (lambda x: x.sum(), r"got \[\]"),
+        (lambda x: x.mT, r"got \[3, 4\]"),
+        (lambda x: (x,), "got tuple"),
+    ],
+)
+def test_outputs_measured_by_vmap_have_a_row_a_sample(
+    device: torch.device, other: Callable[[Tensor], Any], got: str
+) -> None:
+    model = Returns(other).to(device)
+    ak.observe(model, fallback="vmap")
+    with pytest.raises(ValueError, match=r"a row for each of the 4 samples, " + got):
+        model(torch.randn(4, 3, device=device))
+
+
+def test_a_forward_pass_that_changes_buffers_cannot_be_measured_by_vmap(
+    device: torch.device,
+) -> None:
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)).to(device)
+    ak.observe(model, fallback="vmap")
+    x = torch.randn(4, 3, device=device)
+    with pytest.raises(RuntimeError, match="changes its buffer"):
+        model(x)
+    model.eval()
+    assert model(x).requires_grad
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_without_a_sample_dimension(
+    device: torch.device, kind: type[nn.RNNBase]
+) -> None:
+    layer = kind(3, 4, batch_first=True).to(device)
+    x = torch.randn(2, 5, 3, device=device)
+    plain = layer(x[0])[0]
+    ak.observe(layer)
+    with pytest.raises(ValueError, match=r"\[5, 3\] has no sample dimension"):
+        layer(x[0])
+    packed = pack_padded_sequence(x, torch.tensor([5, 2]), batch_first=True)
+    with pytest.raises(ValueError, match="packed sequence"):
+        layer(packed)
+    with torch.no_grad():  # measured is nothing
+        assert_close(layer(x[0])[0], plain)
+        layer(packed)
+
+
+def test_dropout_between_recurrent_layers(device: torch.device) -> None:
+    layer = nn.LSTM(3, 4, num_layers=2, dropout=0.5, batch_first=True).to(device)
+    x = torch.randn(64, 9, 3, device=device)
+    expected = layer.eval()(x)[0]
+    ak.observe(layer)
+    assert_close(layer(x)[0], expected)
+    layer.train()
+    first, second = layer(x)[0], layer(x)[0]
+    assert not torch.equal(first, second)
+    assert_close(first.mean(), expected.mean(), atol=0.05, rtol=0)
 
 
 class UsesWeightOutside(nn.Module):

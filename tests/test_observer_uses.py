@@ -1,6 +1,7 @@
 """Layers used more than once, the observer's life, and everything it refuses."""
 
 import copy
+import gc
 import io
 import pickle
 
@@ -289,6 +290,38 @@ def test_observing_twice_is_refused() -> None:
     ak.observe(model)
     with pytest.raises(ValueError, match="'0' is observed already"):
         ak.observe(model)
+
+
+@pytest.mark.parametrize("update", ["after_backward", "in_backward"])
+def test_an_optimizer_that_is_no_more_gives_the_model_back(update: str) -> None:
+    model, x, y = small(torch.device("cpu"))
+    opt = ak.AdAdaGrad(model, batch_size=len(x), max_batch_size=len(x), update=update)
+    for _ in range(2):
+        train_on(model, squares, x, y)
+        opt.step()
+        opt.zero_grad()
+    with pytest.raises(ValueError, match=r"call detach\(\) of the optimizer"):
+        ak.observe(model)
+    del opt
+    gc.collect()
+    observer = ak.observe(model)
+    train_on(model, squares, x, y)
+    assert_statistics(observer.statistics(), model, squares, x, y)
+
+
+def test_an_optimizer_can_be_detached() -> None:
+    model, x, y = small(torch.device("cpu"))
+    kinds = [type(m) for m in model.modules()]
+    first = ak.AdAdaGrad(model, batch_size=len(x))
+    assert [type(m) for m in model.modules()] != kinds
+    first.detach()
+    assert [type(m) for m in model.modules()] == kinds
+    second = ak.AdAdaGrad(model, batch_size=len(x))
+    train_on(model, squares, x, y)
+    second.step()
+    assert second.statistics.batch_size == len(x)
+    with pytest.raises(RuntimeError, match="step\\(\\) without statistics"):
+        first.step()
 
 
 # What cannot be observed

@@ -54,7 +54,10 @@ class WorkerNormTest(NormTest):
     def undecidable(self, statistics: GradientStatistics) -> str:
         """Also needs two workers."""
         if statistics.workers == 1:
-            return "one micro-batch on one process has no variance between workers"
+            return (
+                "one micro-batch on one process has no variance between workers: lower "
+                "max_micro_batch_size to at most half of the batch"
+            )
         return super().undecidable(statistics)
 
     def _compare(self, statistics: GradientStatistics) -> tuple[Comparison, ...]:

@@ -22,6 +22,7 @@ from .conv import conv, conv_transpose
 from .embedding import embedding
 from .linear import linear
 from .normalisation import batch_norm, group_norm, layer_norm, rms_norm, scale
+from .recurrent import recurrent
 
 __all__ = [
     "NOBODY",
@@ -36,6 +37,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "listen",
+    "recurrent",
     "rms_norm",
     "scale",
 ]

@@ -31,6 +31,7 @@ from .normalisation import (
     ObservedPReLU,
     ObservedRMSNorm,
 )
+from .recurrent import ObservedGRU, ObservedLSTM, ObservedRNN
 
 OBSERVED: dict[type[nn.Module], type[ObservedLayer]] = {
     nn.Linear: ObservedLinear,
@@ -52,6 +53,9 @@ OBSERVED: dict[type[nn.Module], type[ObservedLayer]] = {
     nn.InstanceNorm3d: ObservedInstanceNorm3d,
     nn.PReLU: ObservedPReLU,
     nn.MultiheadAttention: ObservedMultiheadAttention,
+    nn.LSTM: ObservedLSTM,
+    nn.GRU: ObservedGRU,
+    nn.RNN: ObservedRNN,
 }
 """Plain class to observed class. A subclass that keeps the plain `forward` is supported too."""
 

@@ -38,6 +38,15 @@ class CallRecorder(Protocol):
         """What updates weights during the backward pass, if anything does."""
         ...
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether it was made for an optimizer that is no more."""
+        ...
+
+    def detach(self) -> None:
+        """Gives every layer its class back."""
+        ...
+
     def probe_for(self, x: Tensor) -> Tensor:
         """The probe, with room for x's samples and on its device."""
         ...
@@ -82,7 +91,7 @@ class ObservedLayer:
         seen: the last input of each of its calls (eager mode), by the call's key.
     """
 
-    observed_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    observed_parameters: tuple[str, ...] = ("weight", "bias")
     observed_method: ClassVar[str]
     observed_name: str
     plain_class: type[nn.Module]
@@ -92,6 +101,15 @@ class ObservedLayer:
     def refusal(cls, module: nn.Module) -> str:
         """Why this instance cannot be observed although its class can; empty if it can."""
         return ""
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it is observed for an optimizer that is no more."""
+        return self._observer.abandoned
+
+    def detach(self) -> None:
+        """Has its observer give all its layers back."""
+        self._observer.detach()
 
     def attach(self, observer: CallRecorder, name: str) -> None:
         """Called by the observer after the class was exchanged."""
@@ -111,11 +129,21 @@ class ObservedLayer:
         self._observer.called(self, call, saved)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The layer's own parameters that require grad, by their name in the layer."""
+        """The layer's own parameters that require grad, by their name in the layer.
+
+        Raises:
+            RuntimeError: one of them is computed from others, since the layer is observed.
+        """
         found = {}
         for name in self.observed_parameters:
             p = getattr(self, name)
             if p is not None and p.requires_grad:
+                if not p.is_leaf:
+                    raise RuntimeError(
+                        f"layer {self.observed_name!r}: {name} is no parameter any more, as after "
+                        "pruning, weight_norm or torch.nn.utils.parametrize: do that before the "
+                        "optimizer (or the observer) is made"
+                    )
                 found[name] = p
         return found
 
@@ -217,6 +245,7 @@ _OWN_ATTRIBUTES = (
     "_last",
     "_single",
     "observed_name",
+    "observed_parameters",
     "plain_class",
     "seen",
 )

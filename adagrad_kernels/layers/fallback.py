@@ -64,6 +64,37 @@ class ObservedFallback(ObservedLayer, nn.Module):
         if shared:
             raise ValueError(f"{name}: keyword argument {shared[0]!r} would lose its gradient")
 
+    def check_buffers(self, before: Mapping[str, tuple[Tensor, int]]) -> None:
+        """That none of these buffers has been written to since it had this version.
+
+        Raises:
+            RuntimeError: otherwise: the forward pass would compute something else the next time.
+        """
+        for name, (buffer, version) in before.items():
+            if buffer._version != version:
+                raise RuntimeError(
+                    f"layer {self.observed_name!r} ({self.plain_class.__name__}, measured by vmap) "
+                    f"changes its buffer {name!r} in the forward pass, as batch_norm and "
+                    "spectral_norm do in training mode: what runs once more for each sample would "
+                    "compute something else. Put the module into eval mode, or replace it"
+                )
+
+    def check_outputs(self, outputs: tuple[Any, ...], samples: int) -> None:
+        """That each output has a row a sample.
+
+        Raises:
+            ValueError: otherwise.
+        """
+        for output in outputs:
+            if isinstance(output, Tensor) and output.shape[:1] == (samples,):
+                continue
+            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"layer {self.observed_name!r} ({self.plain_class.__name__}, measured by vmap): "
+                f"the output must be a tensor, or a tuple of tensors, with a row for each of the "
+                f"{samples} samples, got {got}"
+            )
+
     def run(self, params: dict[str, Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
         """The plain forward with other parameters; outputs as a tuple."""
         self._inside = True
@@ -120,7 +151,7 @@ class ObservedFallback(ObservedLayer, nn.Module):
     def contract(self, key: int, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> Tensor:
         """See `ObservedLayer`."""
         grads = self.sample_grads(key, saved, list(params))
-        products = [(grads[n] * p).flatten(1).sum(1) for n, p in params.items()]
+        products = [(grads[n] * p).reshape(len(grads[n]), -1).sum(1) for n, p in params.items()]
         return torch.stack(products).sum(0)
 
 
@@ -132,7 +163,11 @@ class _Fallback(torch.autograd.Function):
         ctx.layer, ctx.kwargs, ctx.arity, ctx.call = layer, kwargs, arity, call
         ctx.names = list(params)
         ctx.save_for_backward(probe, *tensors[: arity + len(params)])
-        return layer.run(params, args, kwargs)
+        buffers = {n: (b, b._version) for n, b in layer.named_buffers() if b.is_floating_point()}
+        outputs = layer.run(params, args, kwargs)
+        layer.check_buffers(buffers)
+        layer.check_outputs(outputs, args[0].shape[0])
+        return outputs
 
     @staticmethod
     def backward(ctx, *grads_out):
@@ -145,7 +180,7 @@ class _Fallback(torch.autograd.Function):
         tell(ctx.call, *args, *grads_out)
         samples = args[0].shape[0]
         grads, grads_in = layer.per_sample(params, ctx.kwargs, args, grads_out)
-        norms = sum(g.flatten(1).square().sum(1) for g in grads.values())
+        norms = sum(g.reshape(samples, -1).square().sum(1) for g in grads.values())
         grad_p = torch.zeros_like(probe)
         grad_p[0, :samples], grad_p[1, :samples] = norms, 1
         sums = (

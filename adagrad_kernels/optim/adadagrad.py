@@ -124,7 +124,7 @@ class AdAdaGrad(AdaptiveAdagrad):
             try:
                 check_supported(self, model)
             except ValueError:
-                self.cycle.observer.detach()
+                self.cycle.detach()
                 raise
             self._in_backward = InBackward(self)
 

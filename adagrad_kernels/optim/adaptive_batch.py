@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..criteria import Criterion
 from .base import check_max_grad_norm
-from .cycle import BatchCycle
+from .cycle import BatchCycle, check_criterion
 from .cycled import Cycled, outside_graphs
 
 
@@ -65,6 +65,7 @@ class AdaptiveBatch(Cycled):
         self.max_grad_norm = max_grad_norm
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
+        check_criterion(criterion)
         if criterion is not None and "accumulators" in criterion.needs:
             raise ValueError(f"{criterion!r} needs the accumulators of AdAdaGrad or AdAdaGradNorm")
         self.cycle = BatchCycle(model, criterion, batch_size, max_batch_size, **controller)
@@ -72,7 +73,7 @@ class AdaptiveBatch(Cycled):
         try:
             self.cycle.check_groups(optimizer.param_groups)
         except Exception:
-            self.cycle.observer.detach()
+            self.cycle.detach()
             raise
 
     @property

@@ -77,7 +77,7 @@ class AdaptiveAdagrad(Cycled, Optimizer):
             Optimizer.__init__(self, chosen, {"lr": lr, **defaults, **torch_keys})
             self.cycle.check_groups(self.param_groups)
         except Exception:
-            self.cycle.observer.detach()
+            self.cycle.detach()
             raise
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -141,8 +141,27 @@ class AdaptiveAdagrad(Cycled, Optimizer):
         """Updates; returns the parameters, lr_k of the first one, and what `_update` returns."""
         work = list(self._work())
         update = self._update if self.max_grad_norm is None else self._clipped_update
-        found = update(work, self.cycle.gradient_scale)
+        try:
+            found = update(work, self.cycle.gradient_scale)
+        except RuntimeError as error:
+            self._explain(work, error)
+            raise
         return [w.param for w in work], work[0].lr, found
+
+    def _explain(self, work: list[Work], error: RuntimeError) -> None:
+        """Raises what the user can mend, where the model has been changed under the optimizer."""
+        for w in work:
+            total, double = w.state.get("sum"), w.param.dtype == torch.float64
+            dtype = torch.float64 if double else torch.float32
+            if total is None or total.dim() < w.param.dim():
+                continue  # AdAdaGradNorm's, one number for all
+            if total.dtype != dtype or total.device != w.param.device:
+                raise RuntimeError(
+                    f"parameter {self._name(w.param)!r} is {w.param.dtype} on {w.param.device} "
+                    f"now, its accumulator {total.dtype} on {total.device}: change the model's "
+                    "dtype and device before the optimizer is made, or load its state_dict() into "
+                    "a new one"
+                ) from error
 
     def state_and_rate(self, p: Tensor, group: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """A parameter's state, made where it is missing, and its lr_k."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,6 +58,8 @@ class BatchCycle:
                 f"expected the model (an nn.Module), got {type(model).__name__}: the optimizer "
                 "observes the model's layers, parameters alone do not do"
             )
+        check_criterion(criterion)
+        _check_options(options)
         self.controller = BatchSizeController(batch_size, max_batch_size, **options)
         self.criterion = criterion if criterion is not None else NormTest(0.1)
         stateful = isinstance(self.criterion, StatefulCriterion)
@@ -76,8 +79,11 @@ class BatchCycle:
                 layers=observe_layers,
             )
         self.ranks = self.observer.ranks
+        if isinstance(self.observer, Observer):
+            self.observer.owner = weakref.ref(self)
+        self._hook: Any = None
         if is_data_parallel(model):
-            model.register_forward_pre_hook(self._average_in_last_micro_batch)
+            self._hook = model.register_forward_pre_hook(self._average_in_last_micro_batch)
         self.statistics: GradientStatistics | None = None
         self.decision: Decision | None = None
         self.updated = False
@@ -89,10 +95,17 @@ class BatchCycle:
         self._loss_scale = 1.0
         self._scaler_possible = True  # until a step without one
         self._measured: GradientStatistics | None = None
+        self._said = ""  # why the last test could not decide
         self._zeroed = True
         self._last_grad: weakref.ref[Tensor] | None = None
         if self.controller.batch_size == 1 < self.controller.max_batch_size:
             logger.warning("batch_size=1 never grows: one sample has no variance; start from 2")
+
+    def detach(self) -> None:
+        """Gives the model back as it was."""
+        self.observer.detach()
+        if self._hook is not None:
+            self._hook.remove()
 
     def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """The gradient that is tested must be the gradient that is followed.
@@ -292,8 +305,12 @@ class BatchCycle:
         if self._memory is not None:
             self._memory.record(statistics)
         if not decision.tested and statistics.batch_size > 1:
-            size, reason = self.controller.batch_size, decision.reason
-            logger.warning("the batch size stays at %d: %s", size, reason)
+            reason = decision.reason
+            if reason != self._said:  # not at every step
+                logger.warning("the batch size stays at %d: %s", self.controller.batch_size, reason)
+            self._said = reason
+        else:
+            self._said = ""
         return decision
 
     def forget(self) -> None:
@@ -342,6 +359,26 @@ class BatchCycle:
         if self._memory is not None and "criterion" in state:
             self._memory.load_state_dict(state["criterion"])
         self.forget()
+
+
+def check_criterion(criterion: Criterion | None) -> None:
+    """Raises TypeError for what is none."""
+    is_one = hasattr(criterion, "evaluate") and not isinstance(criterion, type)
+    if criterion is not None and not is_one:
+        raise TypeError(f"criterion must be one such as NormTest(0.1), got {criterion!r}")
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """That the controller knows them.
+
+    Raises:
+        TypeError: otherwise.
+    """
+    known = list(inspect.signature(BatchSizeController).parameters)[2:]
+    for name in options:
+        if name not in known:
+            others = "fallback, process_group, observe_layers"
+            raise TypeError(f"unexpected argument {name!r}; there are {', '.join(known)}, {others}")
 
 
 def _inner_products(criterion: Criterion) -> bool | str:

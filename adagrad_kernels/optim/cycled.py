@@ -67,6 +67,14 @@ class Cycled:
         if isinstance(self.cycle.observer, Observer):
             self.cycle.observer.reserve(samples)
 
+    def detach(self) -> None:
+        """Gives the model back as it was, for another optimizer; this one cannot step any more.
+
+        (An optimizer that nobody refers to any more gives it back by itself, at the latest when
+        the next one is made.)
+        """
+        self.cycle.detach()
+
     @property
     def statistics(self) -> GradientStatistics | None:
         """Statistics of the last tested step, None before."""

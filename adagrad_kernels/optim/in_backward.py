@@ -65,7 +65,6 @@ class InBackward:
 
     def __init__(self, optimizer: AdaptiveAdagrad) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._cycle = optimizer.cycle
         self._observer = optimizer.cycle.observer
         self._hooks: dict[Tensor, Any] = {}
         self.active = False
@@ -214,7 +213,9 @@ class InBackward:
 
     def activate(self) -> None:
         """The first batch is complete and was updated: from now on during the backward pass."""
-        self.active = self._cycle.updated_in_backward = True
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        self.active = optimizer.cycle.updated_in_backward = True
         for p in self._hooks:
             p.grad = None
 

@@ -64,7 +64,7 @@ class LocalAdaptiveBatch:
         ...     model(torch.randn(8, 4)).square().mean().backward()
         ...     opt.step(); opt.zero_grad()
         >>> opt.synchronised, opt.decision.reason  # one process has nobody to compare with
-        (True, 'one micro-batch on one process has no variance between workers')
+        (True, 'one micro-batch on one process has no variance between workers: ...')
     """
 
     def __init__(

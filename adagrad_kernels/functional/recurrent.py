@@ -1,0 +1,259 @@
+"""`recurrent`: one direction of one layer of an LSTM, a GRU or a plain recurrent network.
+
+The weights are those of linear layers at T positions: the gates' inputs are x_t W_ihᵀ and
+h_{t−1} W_hhᵀ, and with δ_t, the gradient of these, c_i = Σ_t δ_t x_tᵀ and Σ_t δ_t h_{t−1}ᵀ. So the
+forward pass is torch's own; the backward pass forms all gates anew from the outputs, with two
+products over all positions, walks back through time for the δ_t, and leaves the weight gradients
+to `ops.linear_weight_grad`.
+
+Cost beside plain training: the gates' two products once more, and a Python loop of about ten
+small operations a position.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ._call import (
+    NOBODY,
+    Call,
+    as_grad,
+    autocast,
+    check_probe,
+    counted,
+    refuse_double_backward,
+    tell,
+)
+
+MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
+
+
+class _Backward(NamedTuple):
+    """What the walk back through time finds.
+
+    Attributes:
+        inputs: δ_t of x_t W_ihᵀ, [T, b, gates].
+        states: that of h_{t−1} W_hhᵀ; the same but for a GRU.
+        initial: gradients of the initial state, (h_0,) or (h_0, c_0).
+        projected: [T, b, P], gradient of the projection's output, and its input m_t [T, b, H]; only
+            of an LSTM with a projection.
+    """
+
+    inputs: Tensor
+    states: Tensor
+    initial: tuple[Tensor, ...]
+    projected: tuple[Tensor, Tensor] | None = None
+
+
+def _lstm(
+    from_x: Tensor, from_h: Tensor, y: Tensor, state: tuple[Tensor, ...],
+    weight: Tensor, projection: Tensor | None, grad_y: Tensor, grad_state: tuple[Tensor, ...],
+) -> _Backward:  # fmt: skip
+    """i, f, o = σ(…), g = tanh(…); c_t = f c_{t−1} + i g; m_t = o tanh(c_t); h_t = m_t (W_hrᵀ)."""
+    a_i, a_f, a_g, a_o = from_x.add_(from_h).chunk(4, -1)
+    i, f, g, o = a_i.sigmoid(), a_f.sigmoid(), a_g.tanh(), a_o.sigmoid()
+    steps, b, width = f.shape
+    c = f.new_empty(steps + 1, b, width)
+    c[0] = state[1]
+    added = i * g
+    for t in range(steps):
+        torch.addcmul(added[t], f[t], c[t], out=c[t + 1])
+    tanh_c = c[1:].tanh()
+    m = o * tanh_c
+    through_c = o.addcmul(m, tanh_c, value=-1)  # of m_t to c_t
+    of_c = f.new_empty(steps, b, 3, width)
+    torch.mul(added, 1 - i, out=of_c[:, :, 0])
+    torch.mul(c[:-1] * f, 1 - f, out=of_c[:, :, 1])
+    torch.addcmul(i, added, g, value=-1, out=of_c[:, :, 2])
+    of_m = m * (1 - o)
+    grad_h, grad_c = grad_state
+    delta = f.new_empty(steps, b, 4 * width)
+    of_gates, of_output = delta[..., : 3 * width].unflatten(-1, (3, width)), delta[..., 3 * width :]
+    grad_ms = None if projection is None else torch.empty_like(grad_y)
+    for t in reversed(range(steps)):
+        grad_m = grad_y[t] + grad_h
+        if projection is not None and grad_ms is not None:
+            grad_ms[t] = grad_m
+            grad_m = grad_m @ projection
+        grad_c = torch.addcmul(grad_c, grad_m, through_c[t])
+        torch.mul(grad_c.unsqueeze(1), of_c[t], out=of_gates[t])
+        torch.mul(grad_m, of_m[t], out=of_output[t])
+        grad_h = delta[t] @ weight
+        grad_c = grad_c * f[t]
+    found = None if grad_ms is None else (grad_ms, m)
+    return _Backward(delta, delta, (grad_h, grad_c), found)
+
+
+def _gru(
+    from_x: Tensor, from_h: Tensor, y: Tensor, state: tuple[Tensor, ...],
+    weight: Tensor, projection: Tensor | None, grad_y: Tensor, grad_state: tuple[Tensor, ...],
+) -> _Backward:  # fmt: skip
+    """r, z = σ(…); n = tanh(x part + r · h part); h_t = (1 − z) n + z h_{t−1}."""
+    x_r, x_z, x_n = from_x.chunk(3, -1)
+    h_r, h_z, h_n = from_h.chunk(3, -1)
+    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+    n = torch.addcmul(x_n, r, h_n).tanh()
+    of_n = (1 - z) * (1 - n * n)
+    of_r = of_n * h_n * r * (1 - r)
+    of_z = (torch.cat([state[0].unsqueeze(0), y[:-1]]) - n) * z * (1 - z)
+    of_h = torch.stack([of_r, of_z, of_n * r], 2)
+    (grad_h,) = grad_state
+    totals, delta = torch.empty_like(z), torch.empty_like(of_h)
+    for t in reversed(range(len(z))):
+        torch.add(grad_y[t], grad_h, out=totals[t])
+        torch.mul(totals[t].unsqueeze(1), of_h[t], out=delta[t])
+        grad_h = torch.addcmul(delta[t].flatten(1) @ weight, totals[t], z[t])
+    of_x = torch.stack([of_r, of_z, of_n], 2).mul_(totals.unsqueeze(2))
+    return _Backward(of_x.flatten(2), delta.flatten(2), (grad_h,))
+
+
+def _rnn(
+    from_x: Tensor, from_h: Tensor, y: Tensor, state: tuple[Tensor, ...],
+    weight: Tensor, projection: Tensor | None, grad_y: Tensor, grad_state: tuple[Tensor, ...],
+    relu: bool = False,
+) -> _Backward:  # fmt: skip
+    """h_t = tanh(…) or relu(…)."""
+    slopes = (y > 0).to(y.dtype) if relu else 1 - y * y
+    (grad_h,) = grad_state
+    delta = torch.empty_like(slopes)
+    for t in reversed(range(len(y))):
+        torch.mul(grad_y[t] + grad_h, slopes[t], out=delta[t])
+        grad_h = delta[t] @ weight
+    return _Backward(delta, delta, (grad_h,))
+
+
+def _turned(t: Tensor) -> Tensor:
+    """Samples and positions exchanged: a step through time wants its numbers side by side."""
+    return t.transpose(0, 1).contiguous()
+
+
+def _plain(mode: str, x: Tensor, state: Sequence[Tensor], weights: list[Tensor]) -> Any:
+    """Torch's own kernel; (y, h_T) or (y, h_T, c_T), the states [1, b, ·]."""
+    hx: Any = [s.unsqueeze(0) for s in state]
+    # For an LSTM a third or fifth weight is the projection.
+    options = (len(weights) > 3, 1, 0.0, False, False, True)
+    kernel = getattr(torch, mode.lower())
+    hx = hx if mode == "LSTM" else hx[0]
+    if not x.is_cuda:
+        return kernel(x, hx, weights, *options)
+    with warnings.catch_warnings():  # cuDNN's copy of all layers' weights is of no use for one
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
+        return kernel(x, hx, weights, *options)
+
+
+class _Recurrent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mode, calls, x, h, c, *tensors):
+        state = (h,) if c is None else (h, c)
+        probe, weights = tensors[0], tensors[1:6]
+        y, *last = _plain(mode, x, state, [w for w in weights if w is not None])
+        ctx.save_for_backward(x, h, c, y, probe, *weights)
+        ctx.mode, ctx.calls = mode, calls
+        return y, *(s.squeeze(0) for s in last)
+
+    @staticmethod
+    def backward(ctx, grad_y, *grad_state):
+        refuse_double_backward()
+        x, h, c, y, probe, w_ih, w_hh, b_ih, b_hh, w_hr = ctx.saved_tensors
+        state = (h,) if c is None else (h, c)
+        h_before = torch.cat([h.unsqueeze(1), y[:, :-1]], 1)
+        arguments = (
+            F.linear(_turned(x), w_ih, b_ih), F.linear(_turned(h_before), w_hh, b_hh), _turned(y),
+            state, w_hh, w_hr, _turned(grad_y), grad_state,
+        )  # fmt: skip
+        if ctx.mode == "LSTM":
+            found = _lstm(*arguments)
+        elif ctx.mode == "GRU":
+            found = _gru(*arguments)
+        else:
+            found = _rnn(*arguments, relu=ctx.mode == "RNN_RELU")
+        need = ctx.needs_input_grad
+        inputs = _turned(found.inputs)
+        states = inputs if found.states is found.inputs else _turned(found.states)
+        products = [
+            (x, inputs, w_ih, b_ih, need[6], need[8], need[11] or need[13]),
+            (h_before, states, w_hh, b_hh, need[7], need[9], need[12] or need[14]),
+        ]
+        if found.projected is not None:
+            grad_out, m = map(_turned, found.projected)
+            products.append((m, grad_out, w_hr, None, need[10], False, need[15]))
+        grad_p, grads, sums = torch.zeros_like(probe), [], []
+        for call, (a, delta, w, b, need_w, need_b, coordinates) in zip(
+            ctx.calls, products, strict=False
+        ):
+            tell(call, a, delta)
+            grad_w, grad_b, part, sums_w, sums_b = ops.linear_weight_grad(
+                delta, a, probe.shape[1], need_w, need_b, coordinates
+            )
+            grad_p += counted(part, probe, call)
+            grads.append((as_grad(grad_w, w, need_w), as_grad(grad_b, b, need_b)))
+            sums.append((sums_w, sums_b))
+        grads += [(None, None)] * (3 - len(grads))
+        sums += [(None, None)] * (3 - len(sums))
+        (g_ih, g_b_ih), (g_hh, g_b_hh), (g_hr, _) = grads
+        (s_ih, s_b_ih), (s_hh, s_b_hh), (s_hr, _) = sums
+        squares = (s_ih, s_hh, s_b_ih, s_b_hh, s_hr)
+        return (
+            None, None,
+            inputs @ w_ih if need[2] else None,
+            found.initial[0] if need[3] else None,
+            found.initial[1] if need[4] else None,
+            grad_p,
+            g_ih, g_hh, g_b_ih, g_b_hh, g_hr,
+            *(s if n else None for s, n in zip(squares, need[11:], strict=True)),
+        )  # fmt: skip
+
+
+def recurrent(
+    mode: str,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    probe: Tensor,
+    weight_probes: Sequence[Tensor | None] = (None,) * 5,
+    calls: Sequence[Call] = (NOBODY, Call(0, False), Call(0, False)),
+) -> tuple[Tensor, ...]:
+    """One direction of one layer of `torch.nn.LSTM`, `GRU` or `RNN` that measures.
+
+    Args:
+        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", as `torch.nn.RNNBase.mode`.
+        x: input [b, T, I], T ≥ 1.
+        state: the initial h [b, H], for an LSTM also c [b, H] (and h [b, P] with a projection).
+        weights: (W_ih [gates, I], W_hh [gates, H], b_ih, b_hh, W_hr), as torch lays them out; both
+            biases may be None, and so is W_hr [P, H] without a projection.
+        probe: see the package.
+        weight_probes: for each of the weights one whose gradient becomes Σ_i c_i², or None.
+        calls: of the products with W_ih, W_hh and W_hr; one of them counts the samples.
+
+    Returns:
+        y [b, T, H] and the last state.
+
+    Raises:
+        ValueError: an input that is not [b, T, I], or more samples than the probe has columns.
+
+    Example:
+        >>> x, h = torch.tensor([[[1.]], [[2.]]]), torch.zeros(2, 1)
+        >>> w = [torch.ones(1, 1).requires_grad_() for _ in range(2)]
+        >>> probe = torch.zeros(2, 2).requires_grad_()
+        >>> recurrent("RNN_RELU", x, [h], [*w, None, None, None], probe)[0].sum().backward()
+        >>> probe.grad[0].tolist()
+        [1.0, 4.0]
+    """
+    if mode not in MODES:
+        raise ValueError(f"recurrent: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if x.dim() != 3 or not x.shape[1]:
+        raise ValueError(
+            f"recurrent: expected an input [samples, positions, features], got {list(x.shape)}"
+        )
+    check_probe(x.shape[0], probe, "recurrent")
+    h, c = (*state, None)[:2]
+    x, *others = autocast(x, h, c, *weights)  # type: ignore[assignment]
+    h, c, *cast = others
+    return _Recurrent.apply(mode, tuple(calls), x, h, c, probe, *cast, *weight_probes)  # type: ignore[return-value]
