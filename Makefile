@@ -28,7 +28,7 @@ PYTHON_FILES := adagrad_kernels tests benchmarks $(wildcard docs/*.py) examples 
 .DELETE_ON_ERROR:
 
 train: $(if $(wildcard $(INSTALLED)),$(COMPILED),$(DEMO))
-	$(BIN)/adagrad-kernels train --compare --out runs/digits
+	$(BIN)/adagrad-kernels train --compare --overwrite --out runs/digits
 
 test: $(COMPILED)
 	$(BIN)/python -m pytest

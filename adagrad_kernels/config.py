@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib.util import find_spec
 
 import torch
 
@@ -23,8 +24,7 @@ def show_config() -> str:
         f"threads: {torch.get_num_threads()}",
     ]
     lines += _compiled()
-    reason = triton_kernels.load_error
-    lines.append(f"Triton kernels: {f'not loaded, {reason}' if reason else 'loaded'}")
+    lines.append(f"Triton kernels: {_triton()}")
     lines.append("ops:")
     for name in ops.NAMES:
         lines.append(f"  {name:22} CPU: {_kernel(name, 'CPU'):10} CUDA: {_kernel(name, 'CUDA')}")
@@ -54,10 +54,26 @@ def _compiled() -> list[str]:
     return lines
 
 
+def _triton() -> str:
+    reason = triton_kernels.load_error
+    if reason is None:
+        return "loaded"
+    if reason != triton_kernels.NO_DEVICE:
+        return f"not loaded, {reason}"
+    needs = "" if find_spec("triton") else ", and triton, which is not installed"
+    return (
+        f"not loaded, {reason}; the ops marked so have Triton kernels for one (compute capability "
+        f"8.0 or later{needs})"
+    )
+
+
 def _kernel(name: str, device: str) -> str:
     """What runs: a compiled kernel, a Triton kernel, or the reference in plain PyTorch."""
     dump = torch._C._dispatch_dump(f"{_library.NAMESPACE}::{name}")
     for line in dump.splitlines():
         if line.startswith(f"{device}: "):
             return "compiled" if "csrc/" in line else "Triton"
+    would_be = triton_kernels.load_error == triton_kernels.NO_DEVICE
+    if device == "CUDA" and would_be and name in triton_kernels.FAMILIES:
+        return "Triton, where there is a GPU"
     return "reference"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +18,22 @@ from .coverage import Coverage, percent
 from .criteria import CoordinateNormTest, Criterion, NormTest
 from .observer import observe
 from .optim import AdAdaGrad
+from .profiling_layers import Arguments, calls, forward_and_backward, inside
 
 LR = 1e-6
 """Of all optimizers here: the weights hardly move while steps are timed."""
+QUICK = 1e-3
+"""Seconds of a layer below which some tens of microseconds more are a matter of percents."""
+TESTS: dict[str, Criterion] = {
+    "norm test": NormTest(0.1),
+    "norms + coordinates": CoordinateNormTest(0.1),
+}
+"""Of the steps that are timed, by what they need."""
+NOISE = 0.1
+"""How far the measured overhead of a layer must exceed the estimated one to be spoken of."""
+FIXED = """\
+Where a layer takes less than about a millisecond, measured is more than estimated: beside its work
+each call of an observed layer has a fixed cost, some tens of microseconds of Python."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,13 @@ class LayerProfile:
         """observed / plain − 1."""
         return self.observed / self.plain - 1
 
+    @property
+    def fixed(self) -> bool:
+        """Whether a fixed overhead shows: a quick layer that costs more than estimated."""
+        if self.cost is None or self.plain > QUICK:
+            return False
+        return self.overhead > max(self.cost.flops_ratio, self.cost.bytes_ratio) + NOISE
+
 
 @dataclass(frozen=True)
 class StepProfile:
@@ -52,18 +73,26 @@ class StepProfile:
 
     Attributes:
         name: what the step does.
-        plain: seconds of the step with `torch.optim.Adagrad` that it took turns with, the median.
+        plain: seconds of the plain step, the median; the same for all steps of a profile.
         seconds: of this step.
+        ratios: this step's seconds over the plain one's, of each turn.
     """
 
     name: str
     plain: float
     seconds: float
+    ratios: tuple[float, ...]
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """Of the ratios: a quarter of the turns lies below the first, half below the second."""
+        low, middle, high = np.quantile(self.ratios, (0.25, 0.5, 0.75))
+        return float(low), float(middle), float(high)
 
     @property
     def ratio(self) -> float:
-        """seconds / plain."""
-        return self.seconds / self.plain
+        """The median of the ratios."""
+        return self.quartiles[1]
 
 
 @dataclass(frozen=True)
@@ -99,11 +128,20 @@ class Profile:
                 f"{p.name or p.layer:{width}}  {p.layer:{kind}}  {estimate:>22}  "
                 f"{p.overhead:>+9.1%}  {p.plain * 1e3:9.3f}  {p.observed * 1e3:11.3f}"
             )
-        lines += ["", f"whole step, as a ratio to the plain one ({self.baseline})"]
+        if any(p.fixed for p in self.layers):
+            lines.append(FIXED)
+        width = max(len(step.name) for step in self.steps)
+        plain = self.steps[0].plain * 1e3
+        lines += [
+            "",
+            f"whole step, as a ratio to {plain:.3f} ms of the plain one ({self.baseline})",
+        ]
+        lines.append(f"{'':{width}}  {'ratio':>5}  {'quartiles':>12}  {'ms':>9}")
         for step in self.steps:
+            low, middle, high = step.quartiles
+            spread = f"{low:.2f} to {high:.2f}"
             lines.append(
-                f"{step.name:20}  {step.ratio:5.2f}  {step.seconds * 1e3:.3f} ms, "
-                f"plain {step.plain * 1e3:.3f} ms"
+                f"{step.name:{width}}  {middle:5.2f}  {spread:>12}  {step.seconds * 1e3:9.3f}"
             )
         return "\n".join(lines)
 
@@ -121,13 +159,14 @@ def profile(
     Each layer runs by itself, on the inputs that it gets in the model and a random gradient of
     its output: once as it is and once observed, in turn. The overhead of a layer is the difference
     of the medians; it is negative where the observed kernel is faster than PyTorch's own. Whole
-    steps take turns with the step of `torch.optim.Adagrad(fused=True)` (its default where there
-    is no fused one): the norm test at every step, then the coordinate-wise test.
+    steps take turns, all of them: that of `torch.optim.Adagrad(fused=True)` (its default where
+    there is no fused one), with the norm test at every step, with the coordinate-wise test.
 
     Works on copies: the model stays as it is, in weights, gradients and mode.
 
     Args:
-        model: not observed; in the mode (training or evaluation) that is of interest.
+        model: not observed; in the mode (training or evaluation) that is of interest, on the
+            device of its inputs.
         *inputs: what it is called with; dimension 0 counts the samples.
         loss: of the model's output.
         coordinates: whether layers measure coordinate sums, too.
@@ -148,7 +187,7 @@ def profile(
     coverage = _coverage(model, inputs, loss, coordinates, fallback)
     layers = [
         _layer(name, module, call, coverage, coordinates, fallback, repeats)
-        for name, module, call in _calls(model, inputs, coverage)
+        for name, module, call in calls(model, inputs, coverage)
     ]
     steps, baseline = _steps(model, inputs, loss, fallback, repeats)
     return Profile(coverage, layers, steps, baseline)
@@ -168,49 +207,6 @@ def _coverage(
     return observer.coverage()
 
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _calls(
-    model: nn.Module, inputs: tuple[Tensor, ...], coverage: Coverage
-) -> Iterator[tuple[str, nn.Module, Arguments]]:
-    """Name, layer and arguments of what is measured; a layer inside another one is part of it."""
-    owners = {record.owner for record in coverage if record.method}
-    outer = [n for n in owners if not any(n != o and _inside(n, o) for o in owners)]
-    arguments: dict[str, Arguments] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            values = _detached(args), {k: _detached(v) for k, v in kwargs.items()}
-            arguments.setdefault(name, values)  # type: ignore[arg-type]
-
-        return hook
-
-    plain = copy.deepcopy(model)
-    modules = {name: module for name, module in plain.named_modules() if name in outer}
-    hooks = [
-        module.register_forward_pre_hook(keep(name), with_kwargs=True)
-        for name, module in modules.items()
-    ]
-    plain(*inputs)
-    for hook in hooks:
-        hook.remove()
-    for name, module in modules.items():
-        if name in arguments:
-            yield name, module, arguments[name]
-
-
-def _inside(name: str, other: str) -> bool:
-    return other == "" or name.startswith(other + ".")
-
-
-def _detached(value: Any) -> Any:
-    """Tensors as leaves that require grad where they did."""
-    if isinstance(value, Tensor):
-        return value.detach().requires_grad_(value.requires_grad)
-    return tuple(_detached(v) for v in value) if isinstance(value, tuple) else value
-
-
 def _layer(
     name: str,
     module: nn.Module,
@@ -222,43 +218,37 @@ def _layer(
 ) -> LayerProfile:
     observed = copy.deepcopy(module)
     observer = observe(observed, coordinates, fallback=fallback)
-    measured = _forward_and_backward(observed, call)
+    measured = forward_and_backward(observed, call)
 
     def run() -> None:
         measured()
         observer.reset()
 
-    times = _medians({"plain": _forward_and_backward(module, call), "observed": run}, repeats)
+    runs = {"plain": forward_and_backward(module, call), "observed": run}
+    device = next(module.parameters()).device
+    times = {n: statistics.median(t) for n, t in _turns(runs, repeats, device).items()}
     known = coverage.costs().items()
-    parts = [cost for owner, cost in known if owner == name or _inside(owner, name)]
+    parts = [cost for owner, cost in known if owner == name or inside(owner, name)]
     cost = sum(parts[1:], parts[0]) if parts else None
     return LayerProfile(name, type(module).__name__, cost, times["plain"], times["observed"])
 
 
-def _forward_and_backward(module: nn.Module, call: Arguments) -> Callable[[], None]:
-    args, kwargs = call
-    outputs = _outputs(module(*args, **kwargs))
-    grads = [torch.randn_like(y) for y in outputs]
-    leaves = [t for t in (*args, *kwargs.values(), *module.parameters()) if isinstance(t, Tensor)]
+def _turns(
+    runs: dict[str, Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each turn, to the end of the work where the device does it by itself."""
 
-    def run() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        torch.autograd.backward(_outputs(module(*args, **kwargs)), grads)
+    def waited(run: Callable[[], Any]) -> Callable[[], Any]:
+        def whole() -> None:
+            run()
+            torch.accelerator.synchronize(device)
 
-    return run
+        return run if device.type == "cpu" else whole
 
-
-def _outputs(output: Any) -> list[Tensor]:
-    found = output if isinstance(output, (tuple, list)) else (output,)
-    return [y for y in found if isinstance(y, Tensor) and y.requires_grad]
-
-
-def _medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    runs = {name: waited(run) for name, run in runs.items()}
     for run in (*runs.values(), *runs.values()):  # compiled, allocated, in the cache
         run()
-    times = take_turns(runs, seconds=0.0, least=repeats)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return take_turns(runs, seconds=0.0, least=repeats)
 
 
 def _steps(
@@ -268,15 +258,10 @@ def _steps(
     fallback: str,
     repeats: int,
 ) -> tuple[list[StepProfile], str]:
-    tests: dict[str, Criterion] = {
-        "norm test": NormTest(0.1),
-        "norms + coordinates": CoordinateNormTest(0.1),
-    }
     samples, plain = len(inputs[0]), copy.deepcopy(model)
     optimizer, baseline = _plain_optimizer(plain)
-    base = _step(plain, optimizer, inputs, loss)
-    found = []
-    for name, criterion in tests.items():
+    runs = {baseline: _step(plain, optimizer, inputs, loss)}
+    for name, criterion in TESTS.items():
         observed = copy.deepcopy(model)
         ours = AdAdaGrad(
             observed,
@@ -286,8 +271,18 @@ def _steps(
             max_batch_size=samples,
             fallback=fallback,
         )
-        times = _medians({"plain": base, "ours": _step(observed, ours, inputs, loss)}, repeats)
-        found.append(StepProfile(name, times["plain"], times["ours"]))
+        runs[name] = _step(observed, ours, inputs, loss)
+    times = _turns(runs, repeats, inputs[0].device)
+    base = times.pop(baseline)
+    found = [
+        StepProfile(
+            name,
+            statistics.median(base),
+            statistics.median(seconds),
+            tuple(ours / plain for ours, plain in zip(seconds, base, strict=True)),
+        )
+        for name, seconds in times.items()
+    ]
     return found, baseline
 
 

@@ -34,14 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_shape,
         required=True,
         metavar="B,…",
-        help="of the model's input, the samples first: 32,3,32,32",
+        help="shape of the model's input, the samples first, such as 32,3,32,32; it is drawn at "
+        "random",
     )
-    parser.add_argument("--input-dtype", choices=("float32", "int64"), help="int64 for tokens")
+    parser.add_argument(
+        "--input-dtype", choices=("float32", "int64"), help="int64 for tokens, with --vocab"
+    )
     parser.add_argument("--vocab", type=int, metavar="N", help="tokens are drawn from 0 to N - 1")
     parser.add_argument(
         "--loss",
         choices=LOSSES,
-        help="cross-entropy with random classes, which the output's last dimension counts; or "
+        help="cross-entropy with random classes, as many as the output's last dimension has; or "
         "the output's mean",
     )
     parser.add_argument(
@@ -52,11 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("error", "vmap"),
         help="what to do about layers that are not supported: vmap measures them exactly, slowly",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU")
+    parser.add_argument("--device", help="where to run, as torch names it: cpu, cuda, cuda:1")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)"
+    )
     parser.add_argument(
         "--repeats", type=int, metavar="N", help="turns of each comparison, whose medians are shown"
     )
-    parser.set_defaults(input_dtype="float32", loss="cross-entropy", fallback="error", repeats=20)
+    parser.set_defaults(
+        input_dtype="float32", loss="cross-entropy", fallback="error", device="cpu", repeats=20
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -72,8 +80,7 @@ def main(args: argparse.Namespace) -> int:
     if (args.input_dtype == "int64") != (args.vocab is not None):
         raise UsageError("--input-dtype int64 and --vocab go together: tokens and their number")
     torch.manual_seed(0)
-    model = _make(args.model)
-    x = _input(args.input_shape, args.vocab)
+    model, x = _moved(_make(args.model), _input(args.input_shape, args.vocab), args.device)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     try:
@@ -108,6 +115,14 @@ _shape.__name__ = "shape"  # argparse says: invalid shape value
 
 def _input(shape: tuple[int, ...], vocab: int | None) -> Tensor:
     return torch.randn(shape) if vocab is None else torch.randint(vocab, shape)
+
+
+def _moved(model: nn.Module, x: Tensor, device: str) -> tuple[nn.Module, Tensor]:
+    try:
+        return model.to(device), x.to(device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UsageError(f"device {device!r}: {first_line}") from error
 
 
 def _make(target: str) -> nn.Module:
@@ -171,7 +186,8 @@ def _checked_loss(model: nn.Module, x: Tensor, name: str) -> Callable[[Any], Ten
             f"{list(logits.shape)}: take --loss mean"
         )
     else:
-        y = torch.randint(logits.shape[-1], (logits.shape[:-1].numel(),))
+        rows = logits.shape[:-1].numel()
+        y = torch.randint(logits.shape[-1], (rows,), device=logits.device)
         loss = lambda output: F.cross_entropy(_tensor(output).flatten(0, -2), y)  # noqa: E731
     try:
         loss(output).backward()

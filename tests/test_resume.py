@@ -127,6 +127,37 @@ def test_records_after_the_checkpoint_are_cut_off(tmp_path):
     assert log_of(tmp_path / "run") == whole
 
 
+@pytest.mark.parametrize("samples", ["300", "100"])
+def test_nothing_to_train_is_said(tmp_path, capsys, samples):
+    run = [*RUN, "--model", "logistic", "--out", str(tmp_path)]
+    assert main([*run, "--samples", "300"]) == 0
+    done, log = json.loads((tmp_path / "summary.json").read_text())["samples"], log_of(tmp_path)
+    capsys.readouterr()
+    assert main([*run, "--samples", samples, "--resume"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"nothing to train: {tmp_path} has {done} samples already")
+    assert line.endswith(f"--samples {samples} asks for no more")
+    assert log_of(tmp_path) == log
+    assert main([*run, "--samples", "600", "--resume"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_an_overwriting_run_goes_on_without_overwriting(tmp_path, monkeypatch, capsys):
+    run = [*RUN, "--model", "logistic", "--samples", "300", "--out", str(tmp_path)]
+    assert main(run) == 0
+    whole = log_of(tmp_path)
+    signal_after(monkeypatch, 5, signal.SIGINT)
+    capsys.readouterr()
+    assert main([*run, "--overwrite"]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    again = shlex.split(line.partition("to go on: adagrad-kernels ")[2])
+    assert again == [*run, "--resume"]
+    assert main(run) == 2
+    assert "holds an unfinished run" in capsys.readouterr().err
+    assert main(again) == 0
+    assert log_of(tmp_path) == whole
+
+
 def test_a_longer_run_continues_a_finished_one(tmp_path):
     run = [*RUN, "--model", "logistic", "--out"]
     assert main([*run, str(tmp_path / "long"), "--samples", "4000"]) == 0

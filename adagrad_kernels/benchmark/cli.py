@@ -16,11 +16,21 @@ from .records import WRONG
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `main`."""
-    parser.add_argument("--only", metavar="PATTERN", help="cases whose name contains this")
-    parser.add_argument("--out", metavar="FILE", help="append records here, one JSON object a line")
-    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own)")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="for each variant of each case (default: 1)"
+        "--only",
+        metavar="PATTERN",
+        help="only cases whose name contains this; * stands for anything",
+    )
+    parser.add_argument("--out", metavar="FILE", help="append records here, one JSON object a line")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="X",
+        default=1.0,
+        help="for each variant of each case (default: %(default)g)",
     )
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out what torch.compile has to compile"

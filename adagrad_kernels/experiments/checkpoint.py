@@ -70,30 +70,40 @@ def check_settings(
         if name not in changeable and saved.get(name) != value:
             raise UsageError(
                 f"the run in {folder} has {_option(name)} {saved.get(name)}, not {value}: resume "
-                "it with its own settings"
+                "it with its own settings, or choose another --out"
             )
 
 
-def check_unused(folder: Path, wanted: dict[str, Any]) -> None:
-    """That a new run does not overwrite another one; the same one again may be written anew.
+def check_unused(folder: Path, wanted: dict[str, Any], changeable: tuple[str, ...]) -> None:
+    """That a new run does not overwrite another one.
+
+    Args:
+        folder: of the new run.
+        wanted: its settings.
+        changeable: names of settings with which a run may go on, whatever they were.
 
     Raises:
-        UsageError: the folder holds an interrupted run or one with other settings.
+        UsageError: the folder holds a run; naming the ways out.
     """
     if not (folder / NAME).is_file():
         return
     summary = read_summary(folder)
     if not summary.get("finished"):
         raise UsageError(
-            f"{folder} holds an unfinished run: continue it with --resume, or remove the folder"
+            f"{folder} holds an unfinished run: continue it with --resume, choose another --out, "
+            "or replace it with --overwrite"
         )
     for name, value in wanted.items():
         saved = summary.get("settings", {}).get(name)
-        if saved != value:
+        if name not in changeable and saved != value:
             raise UsageError(
                 f"{folder} holds another run ({_option(name)} {saved}, not {value}): choose "
-                "another --out, or remove the folder"
+                "another --out, or replace it with --overwrite"
             )
+    raise UsageError(
+        f"{folder} holds this run, finished after {summary.get('samples', 0):,} samples: go on "
+        "with --resume and more --samples, choose another --out, or train anew with --overwrite"
+    )
 
 
 def open_log(folder: Path, size: int) -> TextIO:

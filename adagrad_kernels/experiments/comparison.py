@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..distributed import Ranks
 from . import checkpoint, report
-from .settings import LARGE_BATCH_LEARNING_RATE, LEARNING_RATES, TrainingRun
+from .settings import CHANGEABLE, LARGE_BATCH_LEARNING_RATE, LEARNING_RATES, TrainingRun
 from .training import run
 
 
@@ -40,6 +40,7 @@ def compare(
     checkpoint_every: int = 0,
     resume: bool = False,
     tensorboard: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Trains them one after the other, each in its folder below the given one.
 
@@ -49,6 +50,7 @@ def compare(
         checkpoint_every: as in `run`.
         resume: go on with what an interrupted comparison had begun, keep what it had finished.
         tensorboard: as in `run`.
+        overwrite: replace the runs that the folder holds, finished or not.
 
     Returns:
         The summaries by name.
@@ -58,11 +60,21 @@ def compare(
         Interrupted: stopped by a signal.
     """
     report.check()
+    if not (resume or overwrite):  # before the first is trained, not after it
+        for name, settings in runs.items():
+            checkpoint.check_unused(folder / name, asdict(settings), CHANGEABLE)
     summaries = {}
     for name, settings in runs.items():
-        own = folder / name
-        begun = resume and (own / checkpoint.NAME).is_file()
-        summaries[name] = run(settings, own, name, checkpoint_every, begun, tensorboard=tensorboard)
+        begun = resume and (folder / name / checkpoint.NAME).is_file()
+        summaries[name] = run(
+            settings,
+            folder / name,
+            name,
+            checkpoint_every,
+            begun,
+            tensorboard=tensorboard,
+            overwrite=overwrite,
+        )
     if Ranks().index == 0:
         checkpoint.write_summary(folder, {"runs": summaries})
         report.picture([folder / name for name in runs], folder / "comparison.png")

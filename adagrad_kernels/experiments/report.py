@@ -148,7 +148,7 @@ def picture(runs: Sequence[Path], path: Path) -> None:
             axes[0, column].step(log[x], log["batch_size"], where="pre", color=colour, label=name)
             axes[1, column].plot(log[x], loss, color=colour, label=name)
     axes[0, 0].set_ylabel("batch size (samples)")
-    axes[1, 0].set_ylabel(f"training loss (nats, exponential mean\nover {window:,.0f} samples)")
+    axes[1, 0].set_ylabel(f"training loss (exponential mean\nover {window:,.0f} samples)")
     axes[1, 0].set_xlabel("samples")
     axes[1, 1].set_xlabel("steps")
     axes[0, 0].set_title("over samples")

@@ -18,15 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = (*TASKS, "theorem")
     parser.add_argument("name", choices=names, metavar="NAME", help="one of " + ", ".join(names))
     parser.add_argument(
-        "--sweep", action="store_true", help="try learning rates with one seed and a small budget"
+        "--sweep",
+        action="store_true",
+        help="instead, try learning rates with one seed and a small budget",
     )
     parser.add_argument(
-        "--report", action="store_true", help="only write the results of the runs that are there"
+        "--report",
+        action="store_true",
+        help="train nothing, only write tables and pictures of the runs that are there",
     )
     parser.add_argument(
         "--speed",
         action="store_true",
-        help="time steps against plain ones and against the official method",
+        help="train nothing, time steps against plain ones and against the official method",
     )
     parser.add_argument(
         "--data-dir", metavar="DIR", help="folder of the MNIST (IDX) or CIFAR-10 files"
@@ -41,28 +45,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--results",
         type=Path,
         metavar="DIR",
-        help="folder of records, tables and pictures (default: docs/results/NAME, with --samples "
-        "a folder results in that of the runs)",
+        help="folder of records, tables and pictures (default: docs/results/NAME below the working "
+        "directory; with --samples the folder results in --out)",
     )
     parser.add_argument(
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="(default: those of the experiment) of " + ", ".join(METHODS),
+        help="only these (default: those of the experiment) of " + ", ".join(METHODS),
     )
     parser.add_argument(
         "--seeds",
         nargs="+",
         type=int,
         metavar="N",
-        help=f"(default: {' '.join(map(str, SEEDS))}, but one of mnist-cnn-full)",
+        help=f"a run of each method with each of them (default: {' '.join(map(str, SEEDS))}; "
+        "mnist-cnn-full: 0)",
     )
     parser.add_argument(
-        "--samples", type=int, help="of each run (default: the experiment's budget)"
+        "--samples",
+        type=int,
+        metavar="N",
+        help="of each run, the total over all epochs (default: the experiment's budget)",
     )
-    parser.add_argument("--device", default="cpu", help="where to train, as torch names it")
     parser.add_argument(
-        "--threads", type=int, default=1, help="of torch on the CPU; seconds are comparable with 1"
+        "--device", default="cpu", help="where to train, as torch names it: cpu, cuda, cuda:1"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of torch on the CPU; seconds are comparable with 1",
     )
 
 

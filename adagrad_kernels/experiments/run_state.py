@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from .. import AdaptiveDataLoader
 from ..distributed import Ranks
@@ -168,18 +167,17 @@ class RunState:
         return micro_batch
 
     def _smooth(self, loss: float, samples: int) -> None:
-        """An average over about the last thousand samples, for the progress bar."""
+        """An average over about the last thousand samples, for `status`."""
         weight = 1 - math.exp(-samples / 1000) if math.isfinite(self.smooth_loss) else 1.0
         self.smooth_loss = (
             loss if weight == 1 else self.smooth_loss + weight * (loss - self.smooth_loss)
         )
 
-    def show(self, bar: tqdm[Any]) -> None:
-        """Moves the progress bar."""
+    def status(self) -> str:
+        """How the training goes, in a few words."""
         accuracy = "" if math.isnan(self.accuracy) else f", accuracy {self.accuracy:.1%}"
         size = self.optimizer.controller.batch_size
-        bar.set_postfix_str(f"batch {size}, loss {self.smooth_loss:.3g}{accuracy}", refresh=False)
-        bar.update(min(self.samples, self.settings.samples) - bar.n)
+        return f"batch {size}, loss {self.smooth_loss:.3g}{accuracy}"
 
     def results(self) -> dict[str, Any]:
         """What the table shows, and the curve if there is one."""

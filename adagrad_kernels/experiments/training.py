@@ -6,17 +6,16 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from tqdm import tqdm
 
 from ..distributed import Ranks
 from ..loggers import TensorBoardLogger
-from . import checkpoint
+from . import checkpoint, progress
 from .data import load as load_data
 from .errors import Interrupted, UsageError
 from .run_state import RunState
@@ -32,6 +31,7 @@ def run(
     resume: bool = False,
     checkpoint_seconds: float = math.inf,
     tensorboard: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Trains and writes `log.jsonl`, `summary.json` and `checkpoint.pt` into the folder.
 
@@ -48,13 +48,14 @@ def run(
     Args:
         settings: what to train.
         folder: where to write; made if need be.
-        name: shown beside the progress bar.
+        name: shown with the progress, by default the optimizer's.
         checkpoint_every: steps between checkpoints, 0 for one at the end only. One is also
             written when SIGINT or SIGTERM stops the run.
         resume: continue from the folder's checkpoint. Log and weights become those of a run
             that was never interrupted.
         checkpoint_seconds: seconds between checkpoints, beside checkpoint_every.
         tensorboard: also write the log's numbers for TensorBoard, into the folder `tensorboard`.
+        overwrite: replace the run that the folder holds, finished or not.
 
     Returns:
         The summary: what `summary.json` holds.
@@ -68,8 +69,8 @@ def run(
     saved = checkpoint.read(folder) if resume else None
     if saved is not None:
         checkpoint.check_settings(saved["settings"], asdict(settings), CHANGEABLE, folder)
-    else:
-        checkpoint.check_unused(folder, asdict(settings))
+    elif not overwrite:
+        checkpoint.check_unused(folder, asdict(settings), CHANGEABLE)
     Ranks().barrier()  # nobody writes before all have looked
     with _threads(settings.threads or (1 if settings.dataset == "digits" else 0)):
         state = RunState(settings, load_data(settings.dataset, _path(settings.data_dir)))
@@ -103,14 +104,14 @@ def _train(
     with (
         _open_log(state, folder) as log,
         StopAtStepEnd() as stop,
-        _progress_bar(state, name) as bar,
+        closing(_progress(state, folder, name)) as shown,
     ):
         if state.writes:
             checkpoint.write_summary(folder, {"settings": asdict(settings), "finished": False})
         state.watch.start()
         while state.samples < settings.samples and not state.failed:
             state.step(log)
-            state.show(bar)
+            shown.show(min(state.samples, settings.samples), state.status())
             stopping = state.any_rank(stop.asked)
             by_steps = checkpoint_every and state.steps % checkpoint_every == 0
             if stopping or by_steps or time.monotonic() - saved > checkpoint_seconds:
@@ -143,16 +144,17 @@ def _open_log(state: RunState, folder: Path) -> TextIO:
     return checkpoint.open_log(folder, state.log_bytes)
 
 
-def _progress_bar(state: RunState, name: str) -> tqdm[Any]:
-    return tqdm(
-        total=state.settings.samples,
-        initial=min(state.samples, state.settings.samples),
-        desc=name or state.settings.optimizer,
-        unit=" samples",
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=None if state.writes else True,  # None: where nobody watches, into a file
-    )
+def _progress(state: RunState, folder: Path, name: str) -> progress.Progress:
+    done, total = state.samples, state.settings.samples
+    if not state.writes:
+        return progress.Progress()
+    if done >= total:
+        progress.say(
+            f"nothing to train: {folder} has {done:,} samples already, --samples {total} asks for "
+            "no more"
+        )
+        return progress.Progress()
+    return progress.begin(name or state.settings.optimizer, done, total)
 
 
 def _path(text: str) -> Path | None:

@@ -32,6 +32,8 @@ FAMILIES = {
     "norm_backward": "norm",
 }
 """The module that holds each op's kernels."""
+NO_DEVICE = "no CUDA device"
+"""The `load_error` where only a GPU is missing."""
 _OF_SAMPLES = ("_weight_grad", "_backward", "linear_adagrad_")
 """How the names end of ops whose first operand has the samples of a backward pass in dim 0."""
 
@@ -86,7 +88,7 @@ def _load() -> tuple[str | None, torch.library.Library | None]:
     if os.environ.get("ADAGRAD_KERNELS_BACKEND") == "reference":
         return "turned off by ADAGRAD_KERNELS_BACKEND=reference", None
     if not torch.cuda.is_available():
-        return "no CUDA device", None
+        return NO_DEVICE, None
     try:
         import triton  # noqa: F401
     except ImportError as error:
