@@ -6,8 +6,10 @@ forward pass is torch's own; the backward pass forms all gates anew from the out
 products over all positions, walks back through time for the δ_t, and leaves the weight gradients
 to `ops.linear_weight_grad`.
 
-Cost beside plain training: the gates' two products once more, and a Python loop of about ten
-small operations a position.
+Cost beside plain training: the gates' two products once more, some twenty passes over tensors of
+the gates' size, and in the loop back five to eight small operations a position from Python. Forward
+and backward pass take 1.1 (plain recurrent) to 2.6 (LSTM) times as long as torch's on a CPU; a
+kernel for the walk back would save most of that.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class ObservedGroupNorm(_Affine, nn.GroupNorm):
 
 
 class _ObservedBatchNorm(_Affine, _BatchNorm):
-    observed_method = "sums by channel; in training mode of the batch's gradient"
+    observed_method = "sums by channel; in training mode what a sample adds to the batch's gradient"
 
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.BatchNorm1d`, `2d`, `3d`."""
