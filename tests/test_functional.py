@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import assert_close_to_truth
 from torch import Tensor
 
 import adagrad_kernels.functional as af
+from adagrad_kernels.functional import _product
 
 
 def randn(*shape: int) -> Tensor:
@@ -240,3 +242,50 @@ def test_inputs_without_samples() -> None:
         af.layer_norm(torch.ones(4), (4,), leaf(torch.ones(4)), None, 1e-5, probe)
     with pytest.raises(ValueError, match="no sample dimension"):
         af.rms_norm(torch.ones(4), (4,), leaf(torch.ones(4)), 1e-5, probe)
+
+
+PRODUCTS = [(70, 90, 100), (16, 24, 130, 40), (3, 5, 40, 90, 60)]  # [..., I] and O
+
+
+@pytest.mark.parametrize("shape", PRODUCTS)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_by_onednn(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], turned: bool, bias: bool
+) -> None:
+    *outer, outputs = shape
+    x = torch.randn(*outer)
+    x = x.transpose(0, -2) if turned else x
+    weight = torch.randn(x.shape[-1], outputs).t() if turned else torch.randn(outputs, x.shape[-1])
+    b = torch.randn(outputs) if bias else None
+    called = []
+    plain = _product._onednn
+
+    def counting(*arguments: Any) -> Tensor:
+        called.append(arguments[0].shape)
+        return plain(*arguments)
+
+    monkeypatch.setattr(_product, "_onednn", counting)
+    found = _product.product(x, weight, b)
+    assert called == [x.shape]
+    truth = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    assert_close_to_truth(found, truth, F.linear(x, weight, b))
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(4, torch.float32), (400, torch.float64), (400, torch.bfloat16)]
+)
+def test_products_that_stay_with_torch(
+    monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(_product, "_onednn", lambda *_: pytest.fail("called"))
+    x, weight = torch.randn(rows, 60, dtype=dtype), torch.randn(50, 60, dtype=dtype)
+    assert torch.equal(_product.product(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # what flags() sets, too
+def test_products_where_onednn_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_product, "_onednn", lambda *_: pytest.fail("called"))
+    x, weight = torch.randn(400, 60), torch.randn(50, 60)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(_product.product(x, weight), F.linear(x, weight))

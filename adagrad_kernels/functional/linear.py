@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -18,6 +17,7 @@ from ._call import (
     refuse_double_backward,
     tell,
 )
+from ._product import product
 
 
 class _Linear(torch.autograd.Function):
@@ -25,7 +25,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, update):
         ctx.save_for_backward(x, weight, bias, probe)
         ctx.call, ctx.update = call, update
-        return F.linear(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -33,7 +33,7 @@ class _Linear(torch.autograd.Function):
         x, weight, bias, probe = ctx.saved_tensors
         need_x, need_w, need_b, _, need_ws, need_bs, *_ = ctx.needs_input_grad
         tell(ctx.call, x, grad_out)
-        grad_x = grad_out.matmul(weight) if need_x else None
+        grad_x = product(grad_out, weight.t()) if need_x else None
         coordinates = need_ws or need_bs
         update = ctx.update if need_w and not coordinates else None
         if update is not None and update.takes(ctx.call, ctx.next_functions[1][0]):

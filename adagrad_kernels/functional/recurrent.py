@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -33,12 +32,13 @@ from ._call import (
     refuse_double_backward,
     tell,
 )
+from ._product import product
 
 MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
 
 
 class _Backward(NamedTuple):
-    """What the walk back through time finds.
+    """What the walk back through time finds, in the memory of the gates' inputs.
 
     Attributes:
         inputs: δ_t of x_t W_ihᵀ, [T, b, gates].
@@ -59,36 +59,38 @@ def _lstm(
     weight: Tensor, projection: Tensor | None, grad_y: Tensor, grad_state: tuple[Tensor, ...],
 ) -> _Backward:  # fmt: skip
     """i, f, o = σ(…), g = tanh(…); c_t = f c_{t−1} + i g; m_t = o tanh(c_t); h_t = m_t (W_hrᵀ)."""
-    a_i, a_f, a_g, a_o = from_x.add_(from_h).chunk(4, -1)
-    i, f, g, o = a_i.sigmoid(), a_f.sigmoid(), a_g.tanh(), a_o.sigmoid()
+    delta = from_x.add_(from_h)
+    gates = delta.unflatten(-1, (4, -1))
+    i, f, g, o = gates.unbind(2)
+    gates[:, :, :2].sigmoid_()
+    g.tanh_()
+    o.sigmoid_()
     steps, b, width = f.shape
     c = f.new_empty(steps + 1, b, width)
     c[0] = state[1]
-    added = i * g
+    added, forgets = i * g, f.contiguous()
     for t in range(steps):
-        torch.addcmul(added[t], f[t], c[t], out=c[t + 1])
+        torch.addcmul(added[t], forgets[t], c[t], out=c[t + 1])
     tanh_c = c[1:].tanh()
     m = o * tanh_c
-    through_c = o.addcmul(m, tanh_c, value=-1)  # of m_t to c_t
-    of_c = f.new_empty(steps, b, 3, width)
-    torch.mul(added, 1 - i, out=of_c[:, :, 0])
-    torch.mul(c[:-1] * f, 1 - f, out=of_c[:, :, 1])
-    torch.addcmul(i, added, g, value=-1, out=of_c[:, :, 2])
-    of_m = m * (1 - o)
+    of_c = o.addcmul(m, tanh_c, value=-1)  # from the gradient of m_t to that of c_t
+    kept = c[:-1] * f
+    torch.addcmul(i, added, g, value=-1, out=g)  # from that of c_t to those of the gates' inputs
+    torch.addcmul(added, added, i, value=-1, out=i)
+    torch.addcmul(kept, kept, f, value=-1, out=f)
+    torch.addcmul(m, m, o, value=-1, out=o)  # and from that of m_t
     grad_h, grad_c = grad_state
-    delta = f.new_empty(steps, b, 4 * width)
-    of_gates, of_output = delta[..., : 3 * width].unflatten(-1, (3, width)), delta[..., 3 * width :]
     grad_ms = None if projection is None else torch.empty_like(grad_y)
     for t in reversed(range(steps)):
         grad_m = grad_y[t] + grad_h
         if projection is not None and grad_ms is not None:
             grad_ms[t] = grad_m
             grad_m = grad_m @ projection
-        grad_c = torch.addcmul(grad_c, grad_m, through_c[t])
-        torch.mul(grad_c.unsqueeze(1), of_c[t], out=of_gates[t])
-        torch.mul(grad_m, of_m[t], out=of_output[t])
+        grad_c = torch.addcmul(grad_c, grad_m, of_c[t])
+        gates[t, :, :3].mul_(grad_c.unsqueeze(1))
+        o[t].mul_(grad_m)
         grad_h = delta[t] @ weight
-        grad_c = grad_c * f[t]
+        grad_c = grad_c * forgets[t]
     found = None if grad_ms is None else (grad_ms, m)
     return _Backward(delta, delta, (grad_h, grad_c), found)
 
@@ -98,22 +100,28 @@ def _gru(
     weight: Tensor, projection: Tensor | None, grad_y: Tensor, grad_state: tuple[Tensor, ...],
 ) -> _Backward:  # fmt: skip
     """r, z = σ(…); n = tanh(x part + r · h part); h_t = (1 − z) n + z h_{t−1}."""
-    x_r, x_z, x_n = from_x.chunk(3, -1)
-    h_r, h_z, h_n = from_h.chunk(3, -1)
-    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-    n = torch.addcmul(x_n, r, h_n).tanh()
-    of_n = (1 - z) * (1 - n * n)
-    of_r = of_n * h_n * r * (1 - r)
-    of_z = (torch.cat([state[0].unsqueeze(0), y[:-1]]) - n) * z * (1 - z)
-    of_h = torch.stack([of_r, of_z, of_n * r], 2)
+    gates = from_h.unflatten(-1, (3, -1))
+    r, z, h_n = gates.unbind(2)
+    width = h_n.shape[-1]
+    r_and_z, n = from_h[..., : 2 * width], from_x[..., 2 * width :]
+    r_and_z.add_(from_x[..., : 2 * width]).sigmoid_()
+    n.addcmul_(r, h_n).tanh_()
+    keeps = z.contiguous()
+    of_z = (torch.cat([state[0].unsqueeze(0), y[:-1]]) - n).mul_(keeps)
+    torch.addcmul(of_z, of_z, keeps, value=-1, out=z)  # from the gradient of h_t to the gates'
+    torch.mul(1 - keeps, 1 - n * n, out=n)
+    of_h_n = n * r
+    of_r = of_h_n * h_n
+    torch.addcmul(of_r, of_r, r, value=-1, out=r)
+    h_n.copy_(of_h_n)
     (grad_h,) = grad_state
-    totals, delta = torch.empty_like(z), torch.empty_like(of_h)
-    for t in reversed(range(len(z))):
-        torch.add(grad_y[t], grad_h, out=totals[t])
-        torch.mul(totals[t].unsqueeze(1), of_h[t], out=delta[t])
-        grad_h = torch.addcmul(delta[t].flatten(1) @ weight, totals[t], z[t])
-    of_x = torch.stack([of_r, of_z, of_n], 2).mul_(totals.unsqueeze(2))
-    return _Backward(of_x.flatten(2), delta.flatten(2), (grad_h,))
+    for t in reversed(range(len(keeps))):
+        total = grad_y[t] + grad_h
+        gates[t].mul_(total.unsqueeze(1))
+        n[t].mul_(total)
+        grad_h = torch.addcmul(from_h[t] @ weight, total, keeps[t])
+    from_x[..., : 2 * width] = r_and_z
+    return _Backward(from_x, from_h, (grad_h,))
 
 
 def _rnn(
@@ -167,7 +175,7 @@ class _Recurrent(torch.autograd.Function):
         state = (h,) if c is None else (h, c)
         h_before = torch.cat([h.unsqueeze(1), y[:, :-1]], 1)
         arguments = (
-            F.linear(_turned(x), w_ih, b_ih), F.linear(_turned(h_before), w_hh, b_hh), _turned(y),
+            product(_turned(x), w_ih, b_ih), product(_turned(h_before), w_hh, b_hh), _turned(y),
             state, w_hh, w_hr, _turned(grad_y), grad_state,
         )  # fmt: skip
         if ctx.mode == "LSTM":
@@ -179,16 +187,16 @@ class _Recurrent(torch.autograd.Function):
         need = ctx.needs_input_grad
         inputs = _turned(found.inputs)
         states = inputs if found.states is found.inputs else _turned(found.states)
-        products = [
+        parts = [
             (x, inputs, w_ih, b_ih, need[6], need[8], need[11] or need[13]),
             (h_before, states, w_hh, b_hh, need[7], need[9], need[12] or need[14]),
         ]
         if found.projected is not None:
             grad_out, m = map(_turned, found.projected)
-            products.append((m, grad_out, w_hr, None, need[10], False, need[15]))
+            parts.append((m, grad_out, w_hr, None, need[10], False, need[15]))
         grad_p, grads, sums = torch.zeros_like(probe), [], []
         for call, (a, delta, w, b, need_w, need_b, coordinates) in zip(
-            ctx.calls, products, strict=False
+            ctx.calls, parts, strict=False
         ):
             tell(call, a, delta)
             grad_w, grad_b, part, sums_w, sums_b = ops.linear_weight_grad(
@@ -204,7 +212,7 @@ class _Recurrent(torch.autograd.Function):
         squares = (s_ih, s_hh, s_b_ih, s_b_hh, s_hr)
         return (
             None, None,
-            inputs @ w_ih if need[2] else None,
+            product(inputs, w_ih.t()) if need[2] else None,
             found.initial[0] if need[3] else None,
             found.initial[1] if need[4] else None,
             grad_p,
