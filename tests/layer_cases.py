@@ -251,6 +251,8 @@ CASES = {
     "gru-no-bias": Case(
         lambda: Recurrent(nn.GRU, given=True, bias=False), (4, 1, 4), compiles=False
     ),
+    "gru-one-sample": Case(lambda: Recurrent(nn.GRU, given=True), (2, 1, 4), compiles=False),
+    "lstm-one-sample": Case(lambda: Recurrent(nn.LSTM, given=True), (2, 1, 4), compiles=False),
     "rnn": Case(lambda: Recurrent(nn.RNN, num_layers=2), (4, 3, 4), compiles=False),
     "rnn-relu": Case(
         lambda: Recurrent(nn.RNN, nonlinearity="relu", batch_first=True),

@@ -68,7 +68,7 @@ def _lstm(
     steps, b, width = f.shape
     c = f.new_empty(steps + 1, b, width)
     c[0] = state[1]
-    added, forgets = i * g, f.contiguous()
+    added, forgets = i * g, f.clone(memory_format=torch.contiguous_format)
     for t in range(steps):
         torch.addcmul(added[t], forgets[t], c[t], out=c[t + 1])
     tanh_c = c[1:].tanh()
@@ -106,7 +106,7 @@ def _gru(
     r_and_z, n = from_h[..., : 2 * width], from_x[..., 2 * width :]
     r_and_z.add_(from_x[..., : 2 * width]).sigmoid_()
     n.addcmul_(r, h_n).tanh_()
-    keeps = z.contiguous()
+    keeps = z.clone(memory_format=torch.contiguous_format)
     of_z = (torch.cat([state[0].unsqueeze(0), y[:-1]]) - n).mul_(keeps)
     torch.addcmul(of_z, of_z, keeps, value=-1, out=z)  # from the gradient of h_t to the gates'
     torch.mul(1 - keeps, 1 - n * n, out=n)
