@@ -1,10 +1,10 @@
 """x Wᵀ + bias by the faster of the two libraries that PyTorch brings for float32 on the CPU.
 
-`torch.nn.functional.linear` takes MKL for float32, and oneDNN for low precision only. Measured on an
-AMD EPYC with AVX-512, one thread, torch 2.13: MKL 88 to 112 GFLOP/s, oneDNN 148 to 244 (MKL probably
-leaves AVX-512 unused on processors of other makers than Intel; on Intel's this was not measured). A
-call costs some 10 µs more, so that small products stay where they are. Compiled graphs keep what
-Inductor makes of them.
+`torch.nn.functional.linear` takes MKL for float32, and oneDNN for low precision only. Measured on
+an AMD EPYC with AVX-512, one thread, torch 2.13: MKL 88 to 112 GFLOP/s, oneDNN 148 to 244. (MKL
+probably leaves AVX-512 unused on processors of other makers than Intel; on Intel's nothing was
+measured.) A call costs some 10 µs more, so that small products stay where they are. Compiled graphs
+keep what Inductor makes of them.
 """
 
 from __future__ import annotations
