@@ -300,14 +300,29 @@ def test_augmented_images_are_shifted_and_flipped():
 
 def test_the_sweep_marks_the_least_training_loss(tmp_path):
     task = replace(tiny(), sweep_samples=400)
-    text = reproduction.sweep(task, tmp_path, ["sgd-large"])
-    losses = {
-        path.parent.name.removeprefix("lr-"): json.loads(path.read_text())["training_loss"]
-        for path in tmp_path.glob("sgd-large/*/summary.json")
-    }
-    (best,) = [line.split()[0] for line in text.splitlines() if line.endswith("best")]
-    assert set(losses) == {"0.03", "0.1", "0.3", "1", "3"}
-    assert losses[best] == min(losses.values())
+    rows = reproduction.sweep(task, tmp_path, ["sgd-small", "sgd-large"]).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    rates = {m: [lr for n, lr, *_ in cells if n == m] for m in ("sgd-small", "sgd-large")}
+    assert rates["sgd-large"] == ["0.03", "0.1", "0.3", "1", "3"]
+    assert rates["sgd-small"] == ["0.003", "0.01", "0.03", "0.1", "0.3"]
+    for method in rates:
+        losses = {lr: float(loss) for n, lr, _, loss, *_ in cells if n == method}
+        (best,) = [lr for n, lr, *_, mark in cells if n == method and mark == "best"]
+        assert losses[best] == min(losses.values())
+    summaries = [json.loads(p.read_text()) for p in tmp_path.glob("*/*/summary.json")]
+    samples = {s["settings"]["batch_size"]: s["settings"]["samples"] for s in summaries}
+    small = task.base.batch_size
+    assert samples == {small: 400, task.large: task.base.samples}
+    assert all(s["training_loss"] > 0 for s in summaries)
+
+
+def test_the_sweep_tries_given_rates_and_only_methods_that_have_their_own(tmp_path):
+    task = replace(tiny(), sweep_samples=400)
+    text = reproduction.sweep(task, tmp_path, ["adagrad-small"], [0.02, 1e39])
+    rows = [row.split("|") for row in text.splitlines()[2:]]
+    assert [row[2].strip() for row in rows] == ["0.02", "1e+39"]
+    assert rows[0][-2].strip() == "best"
+    assert rows[1][4].strip() == "failed"
     with pytest.raises(UsageError, match=r"adadagrad-0\.1 is not swept"):
         reproduction.sweep(task, tmp_path, ["adadagrad-0.1"])
 

@@ -20,7 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep",
         action="store_true",
-        help="instead, try learning rates with one seed and a small budget",
+        help="instead, try learning rates with one seed: small batches with a small budget",
+    )
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        metavar="LR",
+        help="the learning rates of the sweep (default: powers of √10 around the likely ones)",
     )
     parser.add_argument(
         "--report",
@@ -92,6 +99,8 @@ def main(args: argparse.Namespace) -> int:
     out = args.out or Path("runs", "experiments", args.name)
     default = Path("docs", "results", args.name) if args.samples is None else out / "results"
     results = args.results or default
+    if args.rates and not args.sweep:
+        raise UsageError("--rates are those of a --sweep")
     if args.speed:
         print(speed.measure(args.name, task, results, args.threads), end="")
         return 0
@@ -99,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
         changes = _changes(args)
         if args.sweep:
             swept = args.methods or tuple(reproduction.SWEEP)
-            print(reproduction.sweep(task, out / "sweep", swept, **changes))
+            print(reproduction.sweep(task, out / "sweep", swept, args.rates or (), **changes))
             return 0
         reproduction.run_all(task, out, methods, seeds, **changes)
     print(reproduction_report.update(task, out, results, methods, seeds), end="")
@@ -116,7 +125,7 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _theorem(args: argparse.Namespace) -> int:
-    others = ("sweep", "report", "speed", "data_dir", "results", "methods", "samples")
+    others = ("sweep", "rates", "report", "speed", "data_dir", "results", "methods", "samples")
     given = [name for name in others if getattr(args, name)]
     if given:
         raise UsageError(f"theorem has no --{given[0].replace('_', '-')}: its problem is made here")

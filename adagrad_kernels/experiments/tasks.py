@@ -97,8 +97,7 @@ _COMMON = TrainingRun(threads=1, evaluations=EVALUATIONS, stop_if_not_finite=Tru
 # Learning rates. "official" are those of the public code of arXiv 2402.11215. "swept" are the
 # best by training loss of
 #     adagrad-kernels experiment NAME --sweep --data-dir DIR
-# which trains with one seed on `sweep_samples` samples, each method over powers of √10. With the
-# large batch these are only 25 steps (logistic regression) or 15.
+# which trains with one seed, each method over powers of √10.
 _MNIST_CNN = Task(
     base=replace(
         _COMMON, dataset="mnist", model="cnn", batch_size=8, max_batch_size=60_000,
