@@ -103,7 +103,8 @@ def sweep(
     """Tries learning rates with the first seed; returns a table, the best of each method marked.
 
     A small batch makes thousands of steps within `task.sweep_samples` samples; `FEW_STEPS` get
-    the whole budget, since the best rate of 15 steps is not that of 300. The best has the least training loss.
+    the whole budget, since the best rate of 15 steps is not that of 300. The best has the least
+    training loss.
 
     Args:
         task: what to train.
