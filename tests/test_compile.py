@@ -1,5 +1,6 @@
 """Observed models under `torch.compile(fullgraph=True)`."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import adagrad_kernels as ak
+from adagrad_kernels.functional import _product
 
 # What torch's compiler warns of while it looks at custom functions, inputs, and its own modules.
 pytestmark = [
@@ -59,6 +61,38 @@ def test_compiled_before_observed(device: torch.device) -> None:
     model.zero_grad()
     squares(compiled(x), y).backward()
     assert observer.micro_batches == 0
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_large_products_are_of_onednn_for_every_size_of_the_batch(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    shapes: list[tuple[list[int], list[int]]] = []
+    onednn = _product._onednn
+
+    def counting(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+        shapes.append((list(x.shape), list(weight.shape)))
+        return onednn(x, weight, *rest)
+
+    monkeypatch.setattr(_product, "_onednn", counting)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(120, 150), nn.Tanh(), nn.Linear(150, 3))
+    observer = ak.observe(model)
+    compiled = compile_model(model, backend)
+    for n in (40, 33, 7):
+        x, y = torch.randn(n, 120, requires_grad=True), torch.randn(n, 3)
+        model.zero_grad()
+        observer.reset()
+        shapes.clear()
+        squares(compiled(x), y).backward()
+        assert shapes == [([n, 120], [150, 120]), ([n, 150], [120, 150])]
+        assert_statistics(observer.statistics(), model, squares, x.detach(), y)
+        truth, plain = (
+            torch.autograd.grad(squares(copy.deepcopy(model).to(d)(x.to(d)), y.to(d)), x)[0]
+            for d in (torch.float64, torch.float32)
+        )
+        assert x.grad is not None
+        assert_close_to_truth(x.grad, truth.double(), plain)
 
 
 def graphs(model: nn.Module, shape: tuple[int, ...], observer: ak.Observer | None = None) -> int:

@@ -3,20 +3,26 @@
 `torch.nn.functional.linear` takes MKL for float32, and oneDNN for low precision only. Measured on
 an AMD EPYC with AVX-512, one thread, torch 2.13: MKL 88 to 112 GFLOP/s, oneDNN 148 to 244. (MKL
 probably leaves AVX-512 unused on processors of other makers than Intel; on Intel's nothing was
-measured.) A call costs some 10 µs more, so that small products stay where they are. Compiled graphs
-keep what Inductor makes of them.
+measured.) A call costs some 10 µs more, so that small products stay where they are. In a compiled
+graph Inductor would take MKL as well, and fails on oneDNN's op itself, so that it stands there as
+an op of our own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._library import NAMESPACE
+
 LEAST = 1 << 19
 """Multiplications from which on oneDNN is the faster one: 64·64·64 is not, 256·784·10 is."""
+LEAST_WEIGHT = 1 << 14
+"""Elements of a weight from which on a compiled graph takes oneDNN: a graph is for every size of
+the batch, and asking for it would compile anew."""
 
 
 def _find() -> Any:
@@ -30,6 +36,16 @@ def _find() -> Any:
 _onednn = _find()
 
 
+@torch.library.custom_op(f"{NAMESPACE}::onednn_linear", mutates_args=(), device_types="cpu")
+def _in_graph(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _onednn(x, weight, bias, "none", [], "")
+
+
+@_in_graph.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + bias, not differentiable; x [..., I], weight [O, I] with any strides, bias [O].
 
@@ -39,11 +55,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if (
         _onednn is None
-        or x.numel() * weight.shape[0] < LEAST
         or x.dtype != torch.float32
         or x.device.type != "cpu"
-        or torch.compiler.is_compiling()
         or not torch.backends.mkldnn.enabled  # pyright: ignore[reportAttributeAccessIssue]
     ):
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        large = weight.numel() >= LEAST_WEIGHT
+        return cast(Tensor, _in_graph(x, weight, bias)) if large else F.linear(x, weight, bias)
+    if x.numel() * weight.shape[0] < LEAST:
         return F.linear(x, weight, bias)
     return _onednn(x, weight, bias, "none", [], "")
