@@ -36,7 +36,7 @@ STYLES = {
     "adadagrad-0.25": (_GREEN, "--"),
     "adadagrad-0.5": (_PINK, "-"),
     "adadagradnorm": (_ORANGE, "-."),
-    "adadagrad-inner": (_BLUE, "-"),
+    "adadagrad-inner": (_GREEN, "-"),
     "adadagrad-augmented": (_GREEN, "--"),
     "adadagrad-coordinate": (_BLACK, ":"),
     "adadagrad-coordinate-metric": (_ORANGE, "-."),
@@ -63,8 +63,9 @@ def draw(records: Sequence[Record], adaptive: str, folder: Path) -> None:
     tests = tuple(
         f"adadagrad-{t}" for t in ("inner", "augmented", "coordinate-metric", "coordinate")
     )
+    shown = (adaptive, "adadagradnorm", "adadagrad-inner", "adadagrad-augmented")
     groups = {
-        "main.png": (*fixed, adaptive, "adadagradnorm"),
+        "main.png": (*fixed, *shown),
         "eta.png": (*etas, "adagrad-small", *large),
         "tests.png": (adaptive, *tests),
     }
@@ -73,7 +74,7 @@ def draw(records: Sequence[Record], adaptive: str, folder: Path) -> None:
         _of(runs, (*etas, "adadagradnorm")), _of(runs, (adaptive, *tests))
     )
     figures["generalisation_gap.png"] = _gaps(
-        _of(runs, ("sgd-large", "adagrad-small", *large, adaptive, "adadagradnorm"))
+        _of(runs, ("sgd-large", "adagrad-small", *large, *shown))
     )
     for name, figure in figures.items():
         if figure is None:
