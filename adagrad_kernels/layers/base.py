@@ -135,8 +135,9 @@ class ObservedLayer:
             RuntimeError: one of them is computed from others, since the layer is observed.
         """
         found = {}
+        own = self._parameters  # several times a step: getattr of a module takes far longer
         for name in self.observed_parameters:
-            p = getattr(self, name)
+            p = own[name] if name in own else getattr(self, name)
             if p is not None and p.requires_grad:
                 if not p.is_leaf:
                     raise RuntimeError(
@@ -151,9 +152,10 @@ class ObservedLayer:
         """Whether the coming forward call is to be measured."""
         if not torch.is_grad_enabled():
             return False
+        own = self._parameters
         for name in self.observed_parameters:
-            parameter = getattr(self, name)
-            if parameter is not None and parameter.requires_grad:
+            p = own[name] if name in own else getattr(self, name)
+            if p is not None and p.requires_grad:
                 return True
         return False
 
