@@ -186,7 +186,7 @@ def _gaps(runs: dict[str, list[Record]]) -> Any:
 
 
 def _legend(figure: Any, ax: Any) -> None:
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=5)
 
 
 def _label(method: str, index: int) -> str | None:
