@@ -13,6 +13,7 @@
 #                                            URL, where the package index has only CUDA builds
 #                                            and a CPU one is wanted. PIP_EXTRA_INDEX_URL and
 #                                            pip's other variables work as well.
+# By default not the newest torch that the package runs under: that one is several gigabytes.
 PYTHON ?= python3
 TORCH ?= torch>=2.11,<2.14
 

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     sys.exit(
         f"adagrad_kernels compiles against the torch installed for {sys.executable}, and it "
-        f'does not import ({error}). Run: pip install "torch>=2.11,<2.14"'
+        f'does not import ({error}). Run: pip install "torch>=2.11,<2.15"'
     )
 
 ROOT = Path(__file__).resolve().parent

@@ -13,8 +13,8 @@ import sys
 
 from setuptools.build_meta import *  # noqa: F403  (every hook that is not replaced below)
 
-TORCH = "torch>=2.11,<2.14"  # as in pyproject.toml
-OLDEST, TOO_NEW = (2, 11), (2, 14)
+TORCH = "torch>=2.11,<2.15"  # as in pyproject.toml
+OLDEST, TOO_NEW = (2, 11), (2, 15)
 
 # pip isolates by PYTHON* variables, so an interpreter that ignores them (-E) sees everything.
 LOOK_FOR_TORCH = """
