@@ -5,6 +5,7 @@ sources; here ptxas has the word.
 """
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from adagrad_kernels import _library, ops, triton_kernels
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 from triton_aot import Binary, Launch, compile_launch, record
 
 from adagrad_kernels.triton_kernels import (
@@ -29,7 +30,7 @@ from adagrad_kernels.triton_kernels import (
 ARCHS = (80, 90, 100)
 # Bytes that a block may have: on the smallest GPU that runs sm_80's code (sm_86, sm_89), and there.
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-SPILL = 32 if triton.__version__.startswith("3.8.") else 0  # bytes; 3.6 and 3.9 spill nothing
+SPILL = 32 if version("triton").startswith("3.8.") else 0  # bytes; 3.6 and 3.9 spill nothing
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")  # tensor cores: sm_90, sm_100, sm_80
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
