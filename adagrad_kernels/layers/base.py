@@ -96,6 +96,7 @@ class ObservedLayer:
     observed_name: str
     plain_class: type[nn.Module]
     seen: dict[int, Seen]
+    _parameters: dict[str, nn.Parameter | None]  # of the module
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str:
