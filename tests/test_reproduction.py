@@ -413,6 +413,8 @@ def test_thinned_batch_sizes_keep_the_changes():
         (["mnist-logistic", "--methods", "adam"], "unknown method 'adam'; there are sgd-small"),
         (["imagenet"], "invalid choice: 'imagenet'"),
         (["mnist-logistic", "--threads", "0"], "threads must be at least 1"),
+        (["mnist-logistic", "--rates", "0.1"], "--rates are those of a --sweep"),
+        (["theorem", "--rates", "0.1"], "theorem has no --rates"),
     ],
 )
 def test_mistakes_are_said_in_one_line(arguments, message, capsys):
