@@ -76,16 +76,16 @@ def test_large_products_are_of_onednn_for_every_size_of_the_batch(
 
     monkeypatch.setattr(_product, "_onednn", counting)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(120, 150), nn.Tanh(), nn.Linear(150, 3))
+    model = nn.Sequential(nn.Linear(240, 280), nn.Tanh(), nn.Linear(280, 3))
     observer = ak.observe(model)
     compiled = compile_model(model, backend)
     for n in (40, 33, 7):
-        x, y = torch.randn(n, 120, requires_grad=True), torch.randn(n, 3)
+        x, y = torch.randn(n, 240, requires_grad=True), torch.randn(n, 3)
         model.zero_grad()
         observer.reset()
         shapes.clear()
         squares(compiled(x), y).backward()
-        assert shapes == [([n, 120], [150, 120]), ([n, 150], [120, 150])]
+        assert shapes == [([n, 240], [280, 240]), ([n, 280], [240, 280])]
         assert_statistics(observer.statistics(), model, squares, x.detach(), y)
         truth, plain = (
             torch.autograd.grad(squares(copy.deepcopy(model).to(d)(x.to(d)), y.to(d)), x)[0]
