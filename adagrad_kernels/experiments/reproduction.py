@@ -135,7 +135,7 @@ def sweep(
         best = min(losses, key=losses.__getitem__)
         for lr, summary in found.items():
             if "training_loss" not in summary:
-                what = "failed" if summary.get("failed") else "elsewhere"  # another process has it
+                what = "failed" if summary.get("failed") else "of another process"
                 lines.append(f"| {method} | {lr:g} | {summary.get('steps', '')} | {what} | | |")
                 continue
             accuracy = 100 * summary["validation_accuracy"]
