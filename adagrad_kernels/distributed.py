@@ -18,6 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+if dist.is_available():
+    # Functions there have the default group among their defaults: imported later, as by
+    # DistributedDataParallel, they would keep it, and gloo's threads, beyond
+    # destroy_process_group(), and a thread at work while the interpreter ends aborts the process.
+    import torch.distributed.nn
+
 from . import ops
 
 Group = Any

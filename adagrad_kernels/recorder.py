@@ -73,7 +73,15 @@ class Recorder:
     def _make_probe(self, capacity: int, device: torch.device) -> None:
         shape = (2, capacity)
         self.probe = torch.zeros(shape, dtype=self._dtype, device=device, requires_grad=True)
-        self.probe.register_post_accumulate_grad_hook(self._collect)
+        # The garbage collector does not see through a tensor's hooks: hence a weak one.
+        of_this = weakref.WeakMethod(self._collect)
+
+        def collect(probe: Tensor) -> None:
+            method = of_this()
+            if method is not None:
+                method(probe)
+
+        self.probe.register_post_accumulate_grad_hook(collect)
 
     def reserve(self, samples: int) -> None:
         """Makes room for micro-batches of this size (needed before compiling a larger one)."""

@@ -7,6 +7,7 @@ the samples of all. Expect the batch to grow, and the same weights on every proc
 """
 
 import argparse
+import gc
 
 import torch
 import torch.distributed as dist
@@ -19,11 +20,8 @@ from torch.utils.data import TensorDataset
 import adagrad_kernels as ak
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=20000, help="train on so many samples")
-    args = parser.parse_args()
-    dist.init_process_group("gloo")
+def train(samples: int) -> None:
+    """Trains on so many samples, all processes together."""
     torch.manual_seed(0)  # the same weights everywhere
     rank, processes = dist.get_rank(), dist.get_world_size()
 
@@ -36,7 +34,7 @@ def main() -> None:
     loader = ak.AdaptiveDataLoader(TensorDataset(x, y), opt, max_micro_batch_size=64)
 
     own = 0
-    while opt.samples < args.samples:
+    while opt.samples < samples:
         for inputs, targets in loader:
             F.cross_entropy(parallel(inputs), targets).backward()
             opt.step()
@@ -55,6 +53,15 @@ def main() -> None:
         weights_are = "the same weights" if same else "DIFFERENT weights"
         print(f"{own} of {opt.samples} samples on each of {processes} processes")
         print(f"{weights_are} on all of them, accuracy {accuracy:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=20000, help="train on so many samples")
+    args = parser.parse_args()
+    dist.init_process_group("gloo")
+    train(args.samples)
+    gc.collect()  # the model first: it keeps the group, whose threads must end before Python does
     dist.destroy_process_group()
 
 

@@ -4,6 +4,8 @@ import copy
 import gc
 import io
 import pickle
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -322,6 +324,30 @@ def test_an_optimizer_can_be_detached() -> None:
     assert second.statistics.batch_size == len(x)
     with pytest.raises(RuntimeError, match="step\\(\\) without statistics"):
         first.step()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": ak.NormTest(0.5)},
+        {"criterion": ak.InnerProductTest(0.5, every_sample=True)},
+        {"criterion": ak.CoordinateNormTest(0.5)},
+        {"criterion": ak.NormTest(0.5), "update": "in_backward"},
+        {"criterion": ak.WorkerNormTest(0.5)},
+    ],
+    ids=lambda options: "_".join(str(v).partition("(")[0] for v in options.values()),
+)
+def test_models_that_are_no_longer_used_are_freed(options: dict[str, Any]) -> None:
+    model, x, y = small(torch.device("cpu"))
+    opt = ak.AdAdaGrad(model, batch_size=len(x), max_batch_size=len(x), **options)
+    for _ in range(2):
+        train_on(model, squares, x, y)
+        opt.step()
+        opt.zero_grad()
+    alive = [weakref.ref(t) for t in (model, *model.parameters(), opt)]
+    del model, opt
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * len(alive)
 
 
 # What cannot be observed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,4 +46,5 @@ def joined(device: str) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # models hold the group: gloo's threads would live on, and abort the process
         dist.destroy_process_group()
