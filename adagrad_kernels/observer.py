@@ -116,6 +116,7 @@ class Observer(Recorder):
         self._found_in_probe: list[set[str]] = []  # layers that only the probe has told of
         for layer in self._layers:
             layer.coordinate_probes()
+            layer.tells_from_graphs = self.inner_products or layer in tied
 
     @property
     def abandoned(self) -> bool:
@@ -219,9 +220,8 @@ class Observer(Recorder):
 
         Raises:
             RuntimeError: no backward pass; layers that disagree about the number of samples; a
-                parameter with a gradient but without statistics; in a compiled model, inner
-                products, tied weights and layers that are used twice; ranks whose gradients have
-                not been averaged.
+                parameter with a gradient but without statistics; in a compiled model, layers
+                that are used twice; ranks whose gradients have not been averaged.
         """
         if not self._micro_batches:
             raise RuntimeError(
@@ -283,18 +283,22 @@ class Observer(Recorder):
         """That every parameter with a gradient was measured, each layer once a sample."""
         measured = self._measured_layers()
         missing = [name for name in with_grad if name not in measured]
-        compiled_calls = most - self._eager_calls
-        if len(missing) > compiled_calls:
+        untold_calls = most - self._told_calls  # of compiled graphs
+        if len(missing) > untold_calls:
             names = ", ".join(repr(self._names[with_grad[name]]) for name in missing)
             raise RuntimeError(
                 f"parameters got a gradient but no statistics: among {names}. They were used "
                 "outside their layer's forward, or their gradient is an old one: call the layer, "
                 "and zero_grad(set_to_none=True) after each step"
             )
-        if compiled_calls > 0 and (self._tied or self.inner_products):
+        tied = {layer.observed_name for layer in self._tied}
+        if untold_calls > 0 and (self.inner_products or (tied and not tied & self._seen)):
             what = "inner products" if self.inner_products else "tied weights"
-            raise RuntimeError(f"{what} cannot be measured in a compiled model: run it without")
-        if outside or (compiled_calls > 0 and (least != most or most > len(with_grad))):
+            raise RuntimeError(
+                f"{what} cannot be measured where a CUDA graph is replayed: capture the forward "
+                "pass alone, or run without"
+            )
+        if outside or (untold_calls > 0 and (least != most or untold_calls > len(missing))):
             raise RuntimeError(
                 "the layers disagree about the number of samples, or a layer was used twice in "
                 "one backward pass of a compiled model; run one step without torch.compile to "

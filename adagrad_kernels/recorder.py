@@ -17,6 +17,12 @@ from .layers.base import Updater
 from .selfcheck import unexplained
 from .shared import ObservedCall, cross_terms, repeated_uses
 
+outside_graphs = torch._disable_dynamo
+"""Decorates what a compiled function runs in eager mode: decisions and transfers, no arithmetic.
+
+`torch.compiler.disable`, without importing the compiler before it is needed.
+"""
+
 
 class Recorder:
     """Records backward passes; the part of an `Observer` that the layers talk to.
@@ -67,7 +73,7 @@ class Recorder:
         self._noted: tuple[weakref.ref[Tensor], int] | None = None
         self._seen: set[str] = set()
         self._last_seen: set[str] = set()
-        self._eager_calls = 0
+        self._told_calls = 0
         self._cross_sums: dict[Tensor, Tensor] = {}  # by coordinate probe
 
     def _make_probe(self, capacity: int, device: torch.device) -> None:
@@ -76,6 +82,7 @@ class Recorder:
         # The garbage collector does not see through a tensor's hooks: hence a weak one.
         of_this = weakref.WeakMethod(self._collect)
 
+        @outside_graphs
         def collect(probe: Tensor) -> None:
             method = of_this()
             if method is not None:
@@ -113,12 +120,14 @@ class Recorder:
                 self._had_grads |= any(p.grad is not None for p in self._names)
 
     def called(self, layer: ObservedLayer, call: Call, saved: tuple[Tensor, ...]) -> None:
-        """Told by each eager layer call's backward pass."""
+        """Told by each layer call's backward pass, unless a compiled graph does not tell."""
         task = torch._C._current_graph_task_id()
         if task != self._task:  # what is left is of a pass without the probe: autograd.grad's
             self._task, self._calls = task, []
         if self.updater is not None:
             self.updater.called(saved[0].shape[0])
+        if self._unexplained and not self._calling[call.key]:  # by a graph, not in forward either
+            self._had_grads |= any(p.grad is not None for p in self._names)
         needed = self.inner_products or self._unexplained
         needed = needed or layer in self._tied or self._calling[call.key] > 1
         self._calls.append(ObservedCall(layer, call, saved[0].shape[0], saved if needed else ()))
@@ -142,7 +151,7 @@ class Recorder:
                 self._faults.append(_disagreement(calls))
             elif len({call.call.key for call in calls}) < len(calls) or self._tied:
                 self._add_cross_terms(probe.grad, calls, rows)
-            self._eager_calls = max(self._eager_calls, sum(call.call.counts for call in calls))
+            self._told_calls = max(self._told_calls, sum(call.call.counts for call in calls))
             self._seen |= names
             self._last_seen = names
             if self.inner_products:
@@ -172,6 +181,7 @@ class Recorder:
             self._to_explain = calls, sum_norms_sq
             return
 
+        @outside_graphs
         def explain() -> None:
             fault = unexplained(calls, self._names, sum_norms_sq, self.ranks)
             if fault:

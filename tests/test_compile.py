@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import CASES, Transformer, cross_entropy, texts
 from per_sample import per_sample
 from test_observer import assert_statistics, small, squares, train_on
 from tolerance import assert_close_to_truth
@@ -13,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import adagrad_kernels as ak
-from adagrad_kernels.functional import _product
+from adagrad_kernels.functional import _call, _product
 
 # What torch's compiler warns of while it looks at custom functions, inputs, and its own modules.
 pytestmark = [
@@ -112,9 +113,11 @@ def graphs(model: nn.Module, shape: tuple[int, ...], observer: ak.Observer | Non
     return counter.frame_count
 
 
-def test_growing_batches_make_two_graphs(device: torch.device) -> None:
+@pytest.mark.parametrize("inner_products", [False, True])
+def test_growing_batches_make_two_graphs(device: torch.device, inner_products: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(device)
-    assert graphs(model, (4,), ak.observe(model, coordinates=True)) == 2  # one size, then any
+    observer = ak.observe(model, coordinates=True, inner_products=inner_products)
+    assert graphs(model, (4,), observer) == 2  # one size, then any
 
 
 def test_growing_batches_make_no_more_graphs_than_the_plain_model(device: torch.device) -> None:
@@ -133,6 +136,107 @@ def test_micro_batches(device: torch.device) -> None:
     s = observer.statistics()
     assert observer.rows() == [2, 4]
     assert_statistics(s, model, squares, x, y)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kept", [True, "all"])
+def test_inner_products(device: torch.device, backend: str, kept: bool | str) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model, coordinates=True, inner_products=kept)
+    compiled = compile_model(model, backend)
+    for sizes in ([6], [2, 4]):
+        model.zero_grad()
+        observer.reset()
+        for part in zip(x.split(sizes), y.split(sizes), strict=True):
+            (squares(compiled(part[0]), part[1]) * (len(part[0]) / 6)).backward()
+        s = observer.statistics()
+        assert len(s.inner_products) == (6 if kept == "all" else sizes[-1])
+        assert_statistics(s, model, squares, x, y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["depthwise-separable", "transformer, tied", "encoder"])
+def test_inner_products_of_models(kind: str) -> None:
+    """Deep enough for the compiler to use memory again that it lends."""
+    torch.manual_seed(0)
+    model, batch = CASES[kind].make(), CASES[kind].data()[:7]
+    observer = ak.observe(model, inner_products=True)
+    compiled = compile_model(model, "inductor")
+    for _ in range(2):
+        model.zero_grad()
+        observer.reset()
+        cross_entropy(compiled(batch[0]), batch[1]).backward()
+    assert_statistics(observer.statistics(), model, cross_entropy, *batch)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("coordinates", [False, True])
+def test_tied_weights(backend: str, coordinates: bool) -> None:
+    torch.manual_seed(0)
+    model, batch = Transformer(tied=True, depth=1), texts(5)[:]
+    observer = ak.observe(model, coordinates=coordinates)
+    compiled = compile_model(model, backend)
+    for _ in range(2):
+        model.zero_grad()
+        observer.reset()
+        cross_entropy(compiled(batch[0]), batch[1]).backward()
+        assert_statistics(observer.statistics(), model, cross_entropy, *batch)
+
+
+def test_a_layer_used_twice_is_measured_where_graphs_tell(device: torch.device) -> None:
+    layer, x = nn.Linear(3, 3).to(device), torch.randn(4, 3, device=device)
+    observer = ak.observe(layer, inner_products=True)
+
+    def twice(x: Tensor) -> Tensor:
+        return layer(layer(x))
+
+    loss = torch.compile(lambda x: twice(x).square().mean(), fullgraph=True, backend="aot_eager")
+    loss(x).backward()
+    found = observer.statistics()
+    layer.zero_grad()
+    observer.reset()
+    twice(x).square().mean().backward()
+    eager = observer.statistics()
+    torch.testing.assert_close(found.sample_norms_sq, eager.sample_norms_sq)
+    torch.testing.assert_close(found.inner_products, eager.inner_products)
+
+
+def test_the_first_pass_is_checked_where_graphs_tell(device: torch.device) -> None:
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.layer(x), self.layer.weight)
+
+    def passes(gradient_before: bool) -> ak.Observer:
+        model = Outside().to(device)
+        if gradient_before:
+            train_on(model, squares, x, y)
+        observer = ak.observe(model, inner_products=True)
+        squares(compile_model(model)(x), y).backward()
+        return observer
+
+    x, y = torch.randn(4, 3, device=device), torch.randn(4, 3, device=device)
+    with pytest.raises(RuntimeError, match=r"'layer\.weight' has a gradient that the calls"):
+        passes(gradient_before=False).statistics()
+    passes(gradient_before=True).statistics()  # what was there before is not the calls'
+
+
+def test_untold_calls_cannot_be_told_apart(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a replayed CUDA graph, which does not run the op that tells."""
+    model, x, y = small(device)
+    observer = ak.observe(model, inner_products=True)
+    squares(compile_model(model)(x), y).backward()
+    observer.reset()
+    monkeypatch.setattr(_call, "_tell", lambda *_: None)
+    model.zero_grad()
+    squares(compile_model(model)(x), y).backward()
+    with pytest.raises(RuntimeError, match="inner products cannot be measured where a CUDA graph"):
+        observer.statistics()
 
 
 def test_compiled_and_eager_micro_batches(device: torch.device) -> None:

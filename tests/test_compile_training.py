@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], TensorDataset]]] =
     "transformer": (lambda: Transformer(tied=False, depth=2), texts),
 }
 UPDATES = 12
+NORM_TEST = ak.NormTest(0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,7 @@ def train(
     backend: str | None,
     dynamic: bool | None = None,
     whole: bool = False,
+    test: object = NORM_TEST,
     **options: object,
 ) -> Run:
     """Trains; the forward pass and the loss are one compiled function unless backend is None.
@@ -55,7 +57,7 @@ def train(
     make, data = MODELS[kind]
     model = make().double()
     opt = ak.AdAdaGrad(
-        model, lr=0.02, criterion=ak.NormTest(0.5), batch_size=4, max_batch_size=96,
+        model, lr=0.02, criterion=test, batch_size=4, max_batch_size=96,
         growth_limit=1.6, initial_accumulator_value=1e-2, **options,
     )  # fmt: skip
     loader = ak.AdaptiveDataLoader(data(), opt, max_micro_batch_size=40)
@@ -86,10 +88,19 @@ def train(
                 return Run(weights(model), sizes, micro_sizes, counter.frame_count)
 
 
-@pytest.mark.parametrize(("kind", "whole"), [("cnn", False), ("cnn", True), ("transformer", True)])
-def test_same_run_as_in_eager_mode_with_few_graphs(kind: str, whole: bool) -> None:
-    eager = train(kind, None)
-    compiled = train(kind, "aot_eager", whole=whole)
+@pytest.mark.parametrize(
+    ("kind", "whole", "test"),
+    [
+        ("cnn", False, NORM_TEST),
+        ("cnn", True, NORM_TEST),
+        ("transformer", True, NORM_TEST),
+        ("cnn", False, ak.InnerProductTest(0.1, every_sample=True)),
+        ("transformer", True, ak.AugmentedInnerProductTest(0.2, 0.4)),
+    ],
+)
+def test_same_run_as_in_eager_mode_with_few_graphs(kind: str, whole: bool, test: object) -> None:
+    eager = train(kind, None, test=test)
+    compiled = train(kind, "aot_eager", whole=whole, test=test)
     assert compiled.sizes == eager.sizes
     torch.testing.assert_close(compiled.weights, eager.weights, rtol=1e-9, atol=1e-11)
     assert len(compiled.micro_sizes) >= 6

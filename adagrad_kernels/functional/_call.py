@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from .._library import NAMESPACE
+
 
 class CallListener(Protocol):
-    """Told of every backward pass through an observed call that runs outside a compiled graph."""
+    """Told of every backward pass through a call that has a key."""
 
     def called(self, call: Call, saved: tuple[Tensor, ...]) -> None:
         """This call took part; `saved` are its operands, the samples in dim 0, grad_out last."""
@@ -69,11 +72,31 @@ def listen(listener: CallListener) -> int:
 
 
 def tell(call: Call, *saved: Tensor) -> None:
-    """Tells the call's listener of its backward pass."""
+    """Tells the call's listener of its backward pass; in a compiled graph `counted` does."""
     if call.key and not torch.compiler.is_compiling():
-        listener = _listeners.get(call.key)
-        if listener is not None:
-            listener.called(call, tuple(t.detach() for t in saved))
+        _tell(call, saved)
+
+
+def _tell(call: Call, saved: Sequence[Tensor]) -> None:
+    listener = _listeners.get(call.key)
+    if listener is not None:
+        listener.called(call, tuple(t.detach() for t in saved))
+
+
+# A replayed CUDA graph would tell nobody.
+@torch.library.custom_op(f"{NAMESPACE}::tell", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _tell_from_graph(grad_probe: Tensor, key: int, counts: bool, saved: Sequence[Tensor]) -> Tensor:
+    """`tell` as a node of a compiled graph, which stays there because its result is used.
+
+    The listener gets copies: the compiler reuses the memory of what the graph needs no longer.
+    """
+    _tell(Call(key, counts), [t.clone() for t in saved])
+    return grad_probe.clone()
+
+
+@_tell_from_graph.register_fake
+def _(grad_probe: Tensor, key: int, counts: bool, saved: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(grad_probe)
 
 
 def check_probe(samples: int, probe: Tensor, name: str) -> None:
@@ -96,9 +119,11 @@ def refuse_double_backward() -> None:
         )
 
 
-def counted(grad_probe: Tensor, probe: Tensor, call: Call) -> Tensor:
-    """The probe's gradient, without row 1 where the call does not count."""
+def counted(grad_probe: Tensor, probe: Tensor, call: Call, *saved: Tensor) -> Tensor:
+    """The probe's gradient, without row 1 where the call does not count; `saved` as for `tell`."""
     grad_probe = grad_probe.to(probe.dtype)
+    if call.key and torch.compiler.is_compiling():
+        grad_probe = cast(Tensor, _tell_from_graph(grad_probe, call.key, call.counts, saved))
     if call.counts:
         return grad_probe
     return torch.stack([grad_probe[0], torch.zeros_like(grad_probe[1])])

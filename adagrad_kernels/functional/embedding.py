@@ -30,7 +30,7 @@ class _Embedding(torch.autograd.Function):
             None,
             grad_w.to(ctx.dtype),
             None,
-            counted(grad_p, probe, ctx.call),
+            counted(grad_p, probe, ctx.call, indices, grad_out),
             sums_w if ctx.needs_input_grad[4] else None,
             None,
         )

@@ -47,7 +47,7 @@ class _Linear(torch.autograd.Function):
             grad_x,
             as_grad(grad_w, weight, need_w),
             as_grad(grad_b, bias, need_b),
-            counted(grad_p, probe, ctx.call),
+            counted(grad_p, probe, ctx.call, x, grad_out),
             sums_w if need_ws else None,
             sums_b if need_bs else None,
             None,

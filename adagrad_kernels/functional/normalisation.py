@@ -43,8 +43,9 @@ def _grads(
     need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
     wanted = (probe.shape[1], need_w, need_b, need_ws or need_bs)
     g, a = grad_out.reshape(view), x.reshape(view)
-    statistics = (t for t in (mean, rstd) if t is not None)
-    tell(ctx.call, a, *(t.expand(view[0], -1, -1, -1) for t in statistics), g)
+    statistics = (t.expand(view[0], -1, -1, -1) for t in (mean, rstd) if t is not None)
+    saved = (a, *statistics, g)
+    tell(ctx.call, *saved)
     grad_x = None
     if need_x and input_grad and rstd is not None:
         grad_x, *found = ops.norm_backward(g, a, mean, rstd, weight.reshape(-1), *wanted)
@@ -57,7 +58,7 @@ def _grads(
         grad_x,
         as_grad(grad_w.reshape(weight.shape), weight, True) if need_w else None,
         as_grad(grad_b.reshape(bias.shape), bias, True) if need_b else None,
-        counted(grad_p, probe, ctx.call),
+        counted(grad_p, probe, ctx.call, *saved),
         sums_w.reshape(weight.shape) if need_ws else None,
         sums_b.reshape(bias.shape) if need_bs else None,
     )

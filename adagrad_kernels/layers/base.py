@@ -62,7 +62,7 @@ class CallRecorder(Protocol):
     def called(
         self, layer: ObservedLayer, call: functional.Call, saved: tuple[Tensor, ...]
     ) -> None:
-        """Told by each eager layer call's backward pass."""
+        """Told by each layer call's backward pass, unless a compiled graph does not tell."""
         ...
 
     def used_once(self, layer: ObservedLayer, call: functional.Call) -> bool:
@@ -88,6 +88,8 @@ class ObservedLayer:
         observed_name: the module's path in the model.
         observed_parameters: names of the parameters that the layer measures.
         plain_class: the class that the instance had before.
+        tells_from_graphs: whether compiled graphs, too, tell of their calls: it takes copies of
+            their operands.
         seen: the last input of each of its calls (eager mode), by the call's key.
     """
 
@@ -95,6 +97,7 @@ class ObservedLayer:
     observed_method: ClassVar[str]
     observed_name: str
     plain_class: type[nn.Module]
+    tells_from_graphs: bool
     seen: dict[int, Seen]
     _parameters: dict[str, nn.Parameter | None]  # of the module
 
@@ -118,6 +121,7 @@ class ObservedLayer:
         self._call = functional.Call(functional.listen(self))
         self._coordinate_probes: dict[str, Tensor] = {}
         self.seen = {}
+        self.tells_from_graphs = False
         self.observed_name = name
 
     def release(self) -> None:
@@ -126,7 +130,7 @@ class ObservedLayer:
             self.__dict__.pop(name, None)
 
     def called(self, call: functional.Call, saved: tuple[Tensor, ...]) -> None:
-        """Told by the backward pass of each call (eager mode)."""
+        """Told by the backward pass of each call, see `CallListener`."""
         self._observer.called(self, call, saved)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -161,9 +165,9 @@ class ObservedLayer:
         return False
 
     def probe_and_call(self, x: Tensor, call: functional.Call) -> tuple[Tensor, functional.Call]:
-        """The probe for a call with input x; in a compiled graph nobody is told of the call."""
-        if torch.compiler.is_compiling():  # the key would be a constant in every graph
-            return self._observer.probe, call._replace(key=0)
+        """The probe for a call with input x, and the call, of which nobody is told with key 0."""
+        if torch.compiler.is_compiling():  # a key is a constant in the graph
+            return self._observer.probe, call if self.tells_from_graphs else call._replace(key=0)
         self._observer.calling(call)
         self.seen[call.key] = Seen(x.shape, x.dtype, x.requires_grad)
         return self._observer.probe_for(x), call
@@ -198,8 +202,8 @@ class ObservedLayer:
         """Whether the layer's parameters get gradient from this call alone."""
         return self._observer.used_once(self, call)
 
-    # What is computed after the backward pass, from the operands of a call (eager mode): inner
-    # products, and the cross terms of parameters that are used more than once.
+    # What is computed after the backward pass, from the operands of a call: inner products, and
+    # the cross terms of parameters that are used more than once.
 
     def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
         """The output of the call with this key, with `params` in place of the parameters.
@@ -251,4 +255,5 @@ _OWN_ATTRIBUTES = (
     "observed_parameters",
     "plain_class",
     "seen",
+    "tells_from_graphs",
 )

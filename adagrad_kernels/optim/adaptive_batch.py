@@ -10,9 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..criteria import Criterion
+from ..recorder import outside_graphs
 from .base import check_max_grad_norm
 from .cycle import BatchCycle, check_criterion
-from .cycled import Cycled, outside_graphs
+from .cycled import Cycled
 
 
 class AdaptiveBatch(Cycled):

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from ..criteria import Criterion
 from ..observer import Observer
+from ..recorder import outside_graphs
 from .cycle import BatchCycle, named_trainable
-from .cycled import Cycled, outside_graphs
+from .cycled import Cycled
 
 OPTIONS = ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..batch_size import BatchSizeController
 from ..criteria import Decision
 from ..distributed import Ranks
 from ..observer import Observer
 from ..statistics import GradientStatistics
 from .cycle import BatchCycle, LossScale
-
-outside_graphs = torch._disable_dynamo
-"""Decorates what a compiled function runs in eager mode: decisions and transfers, no arithmetic.
-
-`torch.compiler.disable`, without importing the compiler before it is needed.
-"""
 
 
 class Cycled:

@@ -13,8 +13,8 @@ from ..batch_size import BatchSizeController
 from ..criteria import Decision, StatefulCriterion, VarianceTest, WorkerNormTest
 from ..criteria.averaged import Averaged
 from ..distributed import Group, Ranks
+from ..recorder import outside_graphs
 from ..statistics import GradientStatistics
-from .cycled import outside_graphs
 
 
 class LocalAdaptiveBatch:
