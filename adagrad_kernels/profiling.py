@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .benchmark.engine import take_turns
+from .benchmark.step_cases import TESTS
 from .costs import Cost
 from .coverage import Coverage, percent
-from .criteria import CoordinateNormTest, Criterion, NormTest
 from .observer import observe
 from .optim import AdAdaGrad
 from .profiling_layers import Arguments, calls, forward_and_backward, inside
@@ -24,11 +24,6 @@ LR = 1e-6
 """Of all optimizers here: the weights hardly move while steps are timed."""
 QUICK = 1e-3
 """Seconds of a layer below which some tens of microseconds more are a matter of percents."""
-TESTS: dict[str, Criterion] = {
-    "norm test": NormTest(0.1),
-    "norms + coordinates": CoordinateNormTest(0.1),
-}
-"""Of the steps that are timed, by what they need."""
 NOISE = 0.1
 """How far the measured overhead of a layer must exceed the estimated one to be spoken of."""
 FIXED = """\
@@ -160,7 +155,7 @@ def profile(
     its output: once as it is and once observed, in turn. The overhead of a layer is the difference
     of the medians; it is negative where the observed kernel is faster than PyTorch's own. Whole
     steps take turns, all of them: that of `torch.optim.Adagrad(fused=True)` (its default where
-    there is no fused one), with the norm test at every step, with the coordinate-wise test.
+    there is no fused one), and with the norm, inner-product and coordinate-wise test at every step.
 
     Works on copies: the model stays as it is, in weights, gradients and mode.
 
@@ -182,7 +177,7 @@ def profile(
         >>> [(layer.name, layer.cost.method) for layer in found.layers]
         [('0', 'outer product'), ('2', 'outer product')]
         >>> [step.name for step in found.steps]
-        ['norm test', 'norms + coordinates']
+        ['norm test', 'inner-product test', 'norms + coordinates']
     """
     coverage = _coverage(model, inputs, loss, coordinates, fallback)
     layers = [

@@ -27,6 +27,7 @@ from adagrad_kernels.benchmark.engine import (
     take_turns,
 )
 from adagrad_kernels.benchmark.records import Record
+from adagrad_kernels.layers import ObservedLinear
 
 TINY = 1e-3  # seconds
 
@@ -152,6 +153,14 @@ def test_wrong_statistics_of_a_step_are_caught(monkeypatch):
     assert "sample norms" in records["ours, norms + coordinates"].reason
 
 
+def test_wrong_inner_products_of_a_step_are_caught(monkeypatch):
+    right = ObservedLinear.contract
+    monkeypatch.setattr(ObservedLinear, "contract", lambda *args: right(*args) * 1.001)
+    records = {r.variant: r for r in run_case(step(), TINY)}
+    assert "inner products" in records["ours, inner-product test"].reason
+    assert records["ours, norm test"].reason == ""
+
+
 def test_equality_is_relative_to_plain_pytorch():
     truth = torch.tensor([1.0, 100.0], dtype=torch.float64)
     plain = torch.tensor([1.001, 100.0])
@@ -236,6 +245,7 @@ def test_no_compile_leaves_the_compiled_variants_out():
         return {v for c in cases for v in (*c.plain, *c.variants) if "compiled" in v}
 
     assert compiled(step_cases.cases(compiled=True)) == {
-        "plain, compiled", "ours, norm test, compiled", "ours, norms + coordinates, compiled",
+        "plain, compiled", "ours, norm test, compiled", "ours, inner-product test, compiled",
+        "ours, norms + coordinates, compiled",
     }  # fmt: skip
     assert compiled(step_cases.cases(compiled=False)) == set()

@@ -18,6 +18,7 @@ from adagrad_kernels.costs import Cost
 from adagrad_kernels.coverage import Coverage
 from adagrad_kernels.profiling import FIXED, LayerProfile, Profile, StepProfile, profile
 
+TESTS = ["norm test", "inner-product test", "norms + coordinates"]
 MODELS = '''
 """Models, and things that are none."""
 import helper
@@ -92,7 +93,7 @@ def test_profile_from_the_shell(folder: Path) -> None:
         assert 0 < plain < 1000
         assert 0 < observed < 1000
     assert "Adagrad" in steps[0]
-    assert [line[:19].strip() for line in steps[2:]] == ["norm test", "norms + coordinates"]
+    assert [line[:19].strip() for line in steps[2:]] == TESTS
     for line in steps[2:]:
         ratio, low, _, high, ms = line[19:].split()
         assert 0 < float(low) <= float(ratio) <= float(high)
@@ -200,7 +201,7 @@ def test_a_layer_that_costs_more_shows_it() -> None:
     assert custom.overhead == custom.observed / custom.plain - 1
     with pytest.raises(ak.UnsupportedLayerError):
         profile(model, torch.randn(6, 5), loss=squares, repeats=1)
-    assert [step.name for step in found.steps] == ["norm test", "norms + coordinates"]
+    assert [step.name for step in found.steps] == TESTS
 
 
 def test_steps_take_turns_with_one_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +209,7 @@ def test_steps_take_turns_with_one_baseline(monkeypatch: pytest.MonkeyPatch) -> 
     seconds = {
         "plain": [2.0, 4.0, 200.0],
         "norm": [3.0, 8.0, 300.0],
+        "inner": [4.0, 4.0, 400.0],
         "coordinates": [5.0, 6.0, 700.0],
     }
     seen = []
@@ -218,8 +220,8 @@ def test_steps_take_turns_with_one_baseline(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(profiling, "take_turns", turns)
     found = profile(nn.Linear(4, 3), torch.randn(5, 4), loss=squares, repeats=3)
-    assert seen[-1] == [found.baseline, "norm test", "norms + coordinates"]
-    norm, coordinates = found.steps
+    assert seen[-1] == [found.baseline, *TESTS]
+    norm, _, coordinates = found.steps
     assert norm.plain == coordinates.plain == 4
     assert (norm.seconds, coordinates.seconds) == (8, 6)
     assert norm.ratios == (1.5, 2.0, 1.5)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from .. import AdAdaGrad, CoordinateNormTest, NormTest
+from .. import AdAdaGrad, CoordinateNormTest, InnerProductTest, NormTest
 from ..criteria import Criterion
 from ..experiments import models
 from .engine import Case, Variant, require_equal
@@ -21,6 +21,13 @@ from .engine import Case, Variant, require_equal
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "initial_accumulator_value": 1.0}
 """Of every AdaGrad here. From an empty accumulator the first step is lr · sign(g), in which the
 rounding of a gradient near 0 shows in full, so that results could not be compared."""
+
+TESTS: dict[str, Criterion] = {
+    "norm test": NormTest(0.1),
+    "inner-product test": InnerProductTest(0.1),
+    "norms + coordinates": CoordinateNormTest(0.1),
+}
+"""Of the steps that are timed, by what they need."""
 
 ROUNDINGS = 64
 """Always allowed in the statistics of a whole model: one layer's pass through all the others."""
@@ -31,6 +38,7 @@ class Measured(NamedTuple):
 
     sample_norms_sq: Tensor | None = None
     coordinate_variance: Mapping[str, Tensor] | None = None
+    inner_products: Tensor | None = None
 
 
 class Reference(NamedTuple):
@@ -39,8 +47,14 @@ class Reference(NamedTuple):
     grads: dict[str, Tensor]
     params: dict[str, Tensor]
     sample_norms_sq: Tensor
+    inner_products: Tensor
     second_moment: dict[str, Tensor]
     """Σ_i g_i² / (N − 1) a coordinate: the variance is this less N/(N − 1) ḡ²."""
+
+    @property
+    def grad_norm_sq(self) -> Tensor:
+        """‖ḡ‖²."""
+        return torch.stack([g.square().sum() for g in self.grads.values()]).sum()
 
     def coordinate_variance(self, name: str) -> Tensor:
         """That of one parameter's coordinates."""
@@ -114,6 +128,10 @@ class Task:
         if measured.sample_norms_sq is not None:
             norms = plain.sample_norms_sq, truth.sample_norms_sq
             require_equal("sample norms", measured.sample_norms_sq, *norms, None, roundings)
+        if measured.inner_products is not None:
+            products = plain.inner_products, truth.inner_products
+            terms = (truth.sample_norms_sq.max() * truth.grad_norm_sq).sqrt()  # |⟨g_i, ḡ⟩| at most
+            require_equal("inner products", measured.inner_products, *products, terms, roundings)
         for name, found in (measured.coordinate_variance or {}).items():
             variances = plain.coordinate_variance(name), truth.coordinate_variance(name)
             terms = truth.second_moment[name]
@@ -134,9 +152,12 @@ def _reference(model: nn.Module, x: Tensor, y: Tensor) -> Reference:
     chunk = max(1, 20_000_000 // size)  # some 80 MB of gradients at a time
     per_sample = vmap(grad(sample_loss), (None, 0, 0))
     moments = {name: torch.zeros_like(p) for name, p in params.items()}
-    norms = []
+    norms, products = [], []
     for xs, ys in zip(x.split(chunk), y.split(chunk), strict=True):
-        squares = {name: g.square() for name, g in per_sample(params, xs, ys).items()}
+        found = per_sample(params, xs, ys)
+        along = [(g * grads[name]).flatten(1).sum(1) for name, g in found.items()]
+        products.append(torch.stack(along).sum(0))
+        squares = {name: g.square() for name, g in found.items()}
         norms.append(torch.stack([s.flatten(1).sum(1) for s in squares.values()]).sum(0))
         for name, s in squares.items():
             moments[name] += s.sum(0) / (n - 1)
@@ -144,7 +165,7 @@ def _reference(model: nn.Module, x: Tensor, y: Tensor) -> Reference:
     after = {
         name: p - lr * grads[name] / (v + grads[name] ** 2).sqrt() for name, p in params.items()
     }
-    return Reference(grads, after, torch.cat(norms), moments)
+    return Reference(grads, after, torch.cat(norms), torch.cat(products), moments)
 
 
 def step_variant(
@@ -216,7 +237,7 @@ def ours(
         def measured() -> Measured:
             s = optimizer.statistics
             assert s is not None, "no statistics"
-            return Measured(s.sample_norms_sq, s.coordinate_variance)
+            return Measured(s.sample_norms_sq, s.coordinate_variance, s.inner_products)
 
         if update == "in_backward":  # the first step is as by default: taken, and taken back
             start = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -250,13 +271,12 @@ def step_case(
             torch.manual_seed(1)
             return Task(build, *data(batch))
 
-    tests = {"norm test": NormTest(0.1), "norms + coordinates": CoordinateNormTest(0.1)}
     plains = {"plain, fused": plain(fused=True), "plain, foreach": plain(foreach=True)}
-    variants = {f"ours, {test}": ours(criterion) for test, criterion in tests.items()}
+    variants = {f"ours, {test}": ours(criterion) for test, criterion in TESTS.items()}
     variants["ours, norm test, in backward"] = ours(NormTest(0.1), update="in_backward")
     if compiled:
         plains["plain, compiled"] = plain(fused=True, compiled=True)
-        for test, criterion in tests.items():
+        for test, criterion in TESTS.items():
             variants[f"ours, {test}, compiled"] = ours(criterion, compiled=True)
     return Case(f"step/{name}/{batch}", shape, batch, inputs, plains, variants)
 
