@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import CASES, cross_entropy
 from per_sample import per_sample
 from tolerance import assert_close_to_truth
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adagrad_kernels as ak
+from adagrad_kernels.layers import ObservedLinear, base
 
 # torch's own convolution says so of even kernels; the observed one pads without saying it.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -438,3 +440,24 @@ def test_subclasses_that_keep_forward(device: torch.device) -> None:
     batch = torch.randn(4, 1, 3, 3, device=device), torch.randn(4, 2, device=device)
     train_on(model, squares, *batch)
     assert_statistics(observer.statistics(), model, squares, *batch)
+
+
+@pytest.mark.parametrize("kind", ["depthwise-separable", "transformer, tied"])
+def test_inner_products_in_pieces(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Of a few samples each, and of one where it is larger than a piece."""
+    rows = []
+    respond = ObservedLinear.respond
+
+    def counting(self: Any, key: int, operands: tuple[Tensor, ...], params: Any) -> Tensor:
+        rows.append(len(operands[0]))
+        return respond(self, key, operands, params)
+
+    torch.manual_seed(0)
+    model, batch = CASES[kind].make(), CASES[kind].data()[:7]
+    observer = ak.observe(model, inner_products=True)
+    train_on(model, cross_entropy, *batch)
+    observer.check()  # which contracts as well
+    monkeypatch.setattr(ObservedLinear, "respond", counting)
+    monkeypatch.setattr(base, "_PIECE", 20)
+    assert_statistics(observer.statistics(), model, cross_entropy, *batch)
+    assert 1 <= min(rows) <= max(rows) < 7

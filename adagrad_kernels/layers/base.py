@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -9,6 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+
+
+_PIECE = 1 << 19
+"""Elements of a response that are made at a time on the CPU. Larger ones often are fresh memory,
+which the system clears first: of a convolution 3→16 of 100 images [32, 32] they took 5.6 to 9.3 ms
+all at once, 1.2 to 2.0 in pieces. Smaller ones waste calls."""
 
 
 class Updater(Protocol):
@@ -215,11 +222,18 @@ class ObservedLayer:
 
     def contract(self, key: int, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> Tensor:
         """⟨c_i, params⟩ for each sample of a call, [b]."""
-        *operands, grad_out = saved
         dtype = next(iter(params.values())).dtype
-        cast_to = (t.to(dtype) if t.is_floating_point() else t for t in operands)
-        response = self.respond(key, tuple(cast_to), params)
-        return (response * grad_out.to(dtype)).flatten(1).sum(1)
+
+        def contracted(*operands: Tensor) -> Tensor:
+            cast_to = (t.to(dtype) if t.is_floating_point() else t for t in operands)
+            *inputs, grad_out = cast_to
+            return (self.respond(key, tuple(inputs), params) * grad_out).flatten(1).sum(1)
+
+        grad_out = saved[-1]
+        pieces = math.ceil(grad_out.numel() / _PIECE) if grad_out.device.type == "cpu" else 1
+        if pieces <= 1:
+            return contracted(*saved)
+        return torch.cat([contracted(*p) for p in zip(*(t.chunk(pieces) for t in saved))])
 
     def sample_grads(
         self, key: int, saved: tuple[Tensor, ...], names: list[str]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..functional._product import product
 from .base import ObservedLayer
 
 
@@ -34,13 +36,13 @@ class ObservedLinear(ObservedLayer, nn.Linear):
 
 
 def linear_response(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias where either, or both, may be missing."""
+    """x Wᵀ + bias where either, or both, may be missing; the fast way unless it is differentiated."""
     if weight is None and bias is None:
         return x.new_zeros(1)
     if weight is None:
         assert bias is not None
         return bias.expand(*x.shape[:-1], bias.shape[0])
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
 
 
 class ObservedConv1D(ObservedLayer, nn.Module):
