@@ -36,7 +36,7 @@ class ObservedLinear(ObservedLayer, nn.Linear):
 
 
 def linear_response(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias where either, or both, may be missing; the fast way unless it is differentiated."""
+    """x Wᵀ + bias where either may be missing; with `product` unless it is to be differentiated."""
     if weight is None and bias is None:
         return x.new_zeros(1)
     if weight is None:
