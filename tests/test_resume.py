@@ -187,6 +187,12 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch, capsys):
     for name in ("fixed-4", "fixed-48", "adadagrad", "adadagradnorm"):
         assert log_of(parts / name) == log_of(whole / name)
         assert_same_state(parts / name, whole / name)
+    other = [*run, str(parts), "--seed", "1"]
+    signal_after(monkeypatch, 8, signal.SIGINT)
+    assert main([*other, "--overwrite"]) == 130  # the other three are still those of seed 0
+    assert main([*other, "--resume"]) == 0
+    for name in ("fixed-4", "fixed-48", "adadagrad", "adadagradnorm"):
+        assert log_of(parts / name) != log_of(whole / name)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..distributed import Ranks
 from . import checkpoint, report
+from .errors import Interrupted
 from .settings import CHANGEABLE, LARGE_BATCH_LEARNING_RATE, LEARNING_RATES, TrainingRun
 from .training import run
 
@@ -66,15 +67,21 @@ def compare(
     summaries = {}
     for name, settings in runs.items():
         begun = resume and (folder / name / checkpoint.NAME).is_file()
-        summaries[name] = run(
-            settings,
-            folder / name,
-            name,
-            checkpoint_every,
-            begun,
-            tensorboard=tensorboard,
-            overwrite=overwrite,
-        )
+        try:
+            summaries[name] = run(
+                settings,
+                folder / name,
+                name,
+                checkpoint_every,
+                begun,
+                tensorboard=tensorboard,
+                overwrite=overwrite,
+            )
+        except Interrupted:
+            if overwrite and Ranks().index == 0:  # resuming must not go on with the old runs
+                for later in list(runs)[len(summaries) + 1 :]:
+                    (folder / later / checkpoint.NAME).unlink(missing_ok=True)
+            raise
     if Ranks().index == 0:
         checkpoint.write_summary(folder, {"runs": summaries})
         report.picture([folder / name for name in runs], folder / "comparison.png")
