@@ -353,3 +353,20 @@ def test_the_gradient_itself(device: torch.device) -> None:
 
     found = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert_close_to_truth(found, truth.mean, plain.mean)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("inner_products", [False, True])
+def test_replayed_cuda_graphs(inner_products: bool) -> None:
+    """The compiler's own: recorded in the second pass, replayed from the third on."""
+    model, x, y = small(torch.device("cuda"))
+    observer = ak.observe(model, inner_products=inner_products)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        x, y = torch.randn_like(x), torch.randn_like(y)
+        model.zero_grad()
+        observer.reset()
+        torch.compiler.cudagraph_mark_step_begin()
+        squares(compiled(x), y).backward()
+        assert_statistics(observer.statistics(), model, squares, x, y)
