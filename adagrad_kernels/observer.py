@@ -49,8 +49,9 @@ def observe(
             layer's input counts the samples.
         coordinates: also measure each coordinate's variance (one buffer a parameter).
         inner_products: also measure ⟨g_i, ḡ⟩, of the samples of the last micro-batch. Keeps that
-            micro-batch's layer inputs and output gradients until the statistics are read; costs
-            about one forward pass. "all": of all micro-batches, and keeps those of all.
+            micro-batch's layer inputs and output gradients (copies of them in a compiled model)
+            until the statistics are read; costs about one forward pass. "all": of all
+            micro-batches, and keeps those of all.
         fallback: what to do about other modules with trainable parameters: "error", or "vmap",
             which forms the per-sample gradients of that module alone, see `ObservedFallback`.
         process_group: the processes that average their gradients, and whose samples the
