@@ -6,6 +6,7 @@ the samples.
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def figures(s: ak.GradientStatistics) -> dict[str, Any]:
 def data_parallel(rank: int, world: int) -> dict[str, Any]:
     return {
         "one backward": _one_backward(rank, world),
+        "compiled": _one_backward(rank, world, compiled=True),
         "micro-batches": _micro_batches(rank, world),
         "workers": _workers(rank, world),
         "training": {
@@ -155,11 +157,14 @@ def data_parallel(rank: int, world: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _one_backward(rank: int, world: int) -> dict[str, Any]:
+def _one_backward(rank: int, world: int, compiled: bool = False) -> dict[str, Any]:
     ddp = DistributedDataParallel(network())
     observer = ak.observe(ddp, coordinates=True, inner_products=True)
     x, y = (part(t, rank, world) for t in batch(12))
-    F.mse_loss(ddp(x), y).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's, of itself
+        forward = torch.compile(ddp, backend="aot_eager") if compiled else ddp
+        F.mse_loss(forward(x), y).backward()
     found = figures(observer.statistics())
     found["names"] = [record.name for record in observer.coverage()]
     observer.detach()

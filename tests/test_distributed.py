@@ -73,10 +73,11 @@ def assert_same_training(
         assert torch.equal(found["weights"], several[0]["weights"])
 
 
-def test_statistics_of_one_backward_pass(ddp: Results) -> None:
+@pytest.mark.parametrize("kind", ["one backward", "compiled"])
+def test_statistics_of_one_backward_pass(ddp: Results, kind: str) -> None:
     truth = truth_of(12)
     for rank, result in enumerate(ddp):
-        found = result["one backward"]
+        found = result[kind]
         assert_statistics(found, truth)
         assert_coordinates(found, truth, prefix="module.")
         norms = truth.norms_sq[6 * rank : 6 * rank + 6]
