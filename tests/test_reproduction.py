@@ -28,6 +28,7 @@ from adagrad_kernels.experiments import (
 from adagrad_kernels.experiments.augmentation import augment
 from adagrad_kernels.experiments.data import Data
 from adagrad_kernels.experiments.errors import UsageError
+from adagrad_kernels.experiments.reproduction_pictures import draw
 from adagrad_kernels.experiments.settings import TrainingRun
 from adagrad_kernels.experiments.tasks import METHODS, TASKS, Task
 from adagrad_kernels.experiments.training import run
@@ -369,10 +370,23 @@ def test_records_are_small_and_name_no_folder(trained, digits_like):
         assert sizes[0] == full["settings"]["batch_size"] or r["method"] == "sgd-large"
 
 
-def test_pictures_are_drawn(trained):
-    for name in ("main", "eta", "batch_size", "generalisation_gap"):
-        assert (trained / "results" / f"{name}.png").read_bytes()[:4] == b"\x89PNG", name
-    assert not (trained / "results" / "tests.png").exists()  # none of its methods was run
+def pictures(folder: Path) -> set[str]:
+    for path in folder.glob("*.png"):
+        assert path.read_bytes()[:4] == b"\x89PNG", path
+    return {path.stem for path in folder.glob("*.png")}
+
+
+def test_pictures_are_drawn(trained, tmp_path):
+    always = {"main", "batch_size", "generalisation_gap"}
+    assert pictures(trained / "results") == always  # one η, one test: nothing to compare
+    records = [
+        json.loads(line) for line in (trained / "results" / "runs.jsonl").read_text().splitlines()
+    ]
+    for method, more in (("adadagrad-0.25", {"eta"}), ("adadagrad-inner", {"tests"})):
+        others = [{**r, "method": method} for r in records if r["method"] == "adadagrad-0.5"]
+        (tmp_path / method).mkdir()
+        draw([*records, *others], "adadagrad-0.5", tmp_path / method)
+        assert pictures(tmp_path / method) == always | more
 
 
 def test_reports_merge_with_what_is_there(trained, digits_like, tmp_path, capsys):

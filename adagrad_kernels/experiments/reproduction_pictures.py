@@ -51,7 +51,8 @@ def draw(records: Sequence[Record], adaptive: str, folder: Path) -> None:
         records: of `reproduction_report`.
         adaptive: the method that stands for AdAdaGrad beside the fixed batches.
         folder: for `batch_size.png`, `main.png`, `eta.png`, `tests.png` and
-            `generalisation_gap.png`; those without a run are left out.
+            `generalisation_gap.png`; those without a run are left out, and those by η and by test
+            with but one of them.
 
     Raises:
         UsageError: matplotlib is missing, or a file cannot be written.
@@ -69,9 +70,13 @@ def draw(records: Sequence[Record], adaptive: str, folder: Path) -> None:
         "eta.png": (*etas, "adagrad-small", *large),
         "tests.png": (adaptive, *tests),
     }
-    figures = {name: _curves(_of(runs, methods)) for name, methods in groups.items()}
+    by_eta, by_test = _of(runs, etas), _of(runs, (adaptive, *tests))
+    compared = {"main.png": True, "eta.png": len(by_eta) > 1, "tests.png": len(by_test) > 1}
+    figures = {
+        name: _curves(_of(runs, methods)) for name, methods in groups.items() if compared[name]
+    }
     figures["batch_size.png"] = _batch_sizes(
-        _of(runs, (*etas, "adadagradnorm")), _of(runs, (adaptive, *tests))
+        _of(runs, (*etas, "adadagradnorm")), by_test if compared["tests.png"] else {}
     )
     figures["generalisation_gap.png"] = _gaps(
         _of(runs, ("sgd-large", "adagrad-small", *large, *shown))
