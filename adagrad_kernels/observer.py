@@ -296,8 +296,8 @@ class Observer(Recorder):
         if untold_calls > 0 and (self.inner_products or (tied and not tied & self._seen)):
             what = "inner products" if self.inner_products else "tied weights"
             raise RuntimeError(
-                f"{what} cannot be measured where a CUDA graph is replayed: capture the forward "
-                "pass alone, or run without"
+                f"{what} cannot be measured where a CUDA graph is replayed: run without, or take "
+                "another criterion"
             )
         if outside or (untold_calls > 0 and (least != most or untold_calls > len(missing))):
             raise RuntimeError(

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -585,3 +587,40 @@ def test_parts_that_do_not_exist(options: dict[str, int], message: str) -> None:
         ak.AdaptiveDataLoader(
             TensorDataset(torch.arange(50)), ak.BatchSizeController(8, 8), **options
         )
+
+
+THREADS = """
+import gc, pathlib, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+import adagrad_kernels as ak
+
+def threads():
+    tasks = pathlib.Path("/proc/self/task").iterdir()
+    return [name for task in tasks if "gloo" in (name := (task / "comm").read_text())]
+
+def train():
+    model = DistributedDataParallel(nn.Linear(4, 2))
+    opt = ak.AdAdaGrad(model, batch_size=8, max_batch_size=8)
+    model(torch.randn(8, 4)).square().mean().backward()
+    opt.step()
+    opt.zero_grad()
+
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
+train()
+assert threads()
+gc.collect()
+dist.destroy_process_group()
+print(threads())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of threads")
+def test_no_thread_of_gloo_outlives_the_process_group(tmp_path: Path) -> None:
+    """One that lets go of a tensor while Python ends would abort the process."""
+    command = [sys.executable, "-c", THREADS, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

@@ -65,19 +65,13 @@ def draw(records: Sequence[Record], adaptive: str, folder: Path) -> None:
         f"adadagrad-{t}" for t in ("inner", "augmented", "coordinate-metric", "coordinate")
     )
     shown = (adaptive, "adadagradnorm", "adadagrad-inner", "adadagrad-augmented")
-    groups = {
-        "main.png": (*fixed, *shown),
-        "eta.png": (*etas, "adagrad-small", *large),
-        "tests.png": (adaptive, *tests),
-    }
-    by_eta, by_test = _of(runs, etas), _of(runs, (adaptive, *tests))
-    compared = {"main.png": True, "eta.png": len(by_eta) > 1, "tests.png": len(by_test) > 1}
-    figures = {
-        name: _curves(_of(runs, methods)) for name, methods in groups.items() if compared[name]
-    }
-    figures["batch_size.png"] = _batch_sizes(
-        _of(runs, (*etas, "adadagradnorm")), by_test if compared["tests.png"] else {}
-    )
+    by_test = _of(runs, (adaptive, *tests))
+    if len(by_test) < 2:
+        by_test = {}  # nothing to compare
+    figures = {"main.png": _curves(_of(runs, (*fixed, *shown))), "tests.png": _curves(by_test)}
+    if len(_of(runs, etas)) > 1:
+        figures["eta.png"] = _curves(_of(runs, (*etas, "adagrad-small", *large)))
+    figures["batch_size.png"] = _batch_sizes(_of(runs, (*etas, "adadagradnorm")), by_test)
     figures["generalisation_gap.png"] = _gaps(
         _of(runs, ("sgd-large", "adagrad-small", *large, *shown))
     )

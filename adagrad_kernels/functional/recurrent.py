@@ -201,7 +201,7 @@ class _Recurrent(torch.autograd.Function):
             grad_w, grad_b, part, sums_w, sums_b = ops.linear_weight_grad(
                 delta, a, probe.shape[1], need_w, need_b, coordinates
             )
-            grad_p += counted(part, probe, call)
+            grad_p += counted(part, probe, call, a, delta)
             grads.append((as_grad(grad_w, w, need_w), as_grad(grad_b, b, need_b)))
             sums.append((sums_w, sums_b))
         grads += [(None, None)] * (3 - len(grads))

@@ -190,7 +190,7 @@ class _Fallback(torch.autograd.Function):
         )
         of_args = iter(grads_in)
         return (
-            None, None, None, None, counted(grad_p, probe, ctx.call),
+            None, None, None, None, counted(grad_p, probe, ctx.call, *args, *grads_out),
             *(next(of_args) if a.is_floating_point() else None for a in args),
             *(grads[n].sum(0) for n in ctx.names),
             *sums,
