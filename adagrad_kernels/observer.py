@@ -382,5 +382,5 @@ class Observer(Recorder):
                 k: whole(grads[p]).to(self._dtype) for k, p in trainable.items() if p in grads
             }
             if params:
-                total = total + call.layer.contract(call.call.key, call.saved, params)
+                total = total + call.layer.contract(call.call, call.saved, params)
         return total

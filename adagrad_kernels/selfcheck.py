@@ -49,7 +49,7 @@ def unexplained(
         for key, p in call.layer.trainable().items():
             if p.grad is None or is_sharded(p.grad):
                 continue
-            value = call.layer.contract(call.call.key, call.saved, {key: _wide(p.grad)}).sum()
+            value = call.layer.contract(call.call, call.saved, {key: _wide(p.grad)}).sum()
             explained[p] = explained[p] + value if p in explained else value
     norms = {p: _wide(p.grad).double().square().sum() for p in explained if p.grad is not None}
     total = sum_norms_sq.double()

@@ -68,7 +68,7 @@ def cross_terms(
     norms = torch.zeros(uses[0].by.samples, dtype=dtype, device=parameter.device)
     sums = norms.new_zeros(parameter.shape) if coordinates else None
     for a, b in combinations(uses, 2):
-        if a.by.layer is b.by.layer and a.by.call != b.by.call:
+        if a.by.layer is b.by.layer and a.by.call.key != b.by.call.key:
             continue  # different parts of the parameter
         if sums is None and _is_matrix(a) and _is_matrix(b):
             norms += 2 * _products(a, b, dtype)
@@ -121,7 +121,7 @@ def _add_explicit(a: Use, b: Use, norms: Tensor, sums: Tensor | None) -> None:
         rows = slice(first, first + piece)
         left, right = (
             use.by.layer.sample_grads(
-                use.by.call.key, tuple(t[rows] for t in use.by.saved), [use.name]
+                use.by.call, tuple(t[rows] for t in use.by.saved), [use.name]
             )[use.name]
             for use in (a, b)
         )

@@ -284,6 +284,31 @@ def test_a_forward_pass_that_changes_buffers_cannot_be_measured_by_vmap(
     assert model(x).requires_grad
 
 
+class Gain(nn.Module):
+    """A layer whose keyword argument changes what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return factor * x * self.weight
+
+
+def test_keyword_arguments_of_each_call_measured_by_vmap(device: torch.device) -> None:
+    model, x = Gain().to(device), torch.randn(4, 3, device=device)
+    observer = ak.observe(model, inner_products="all", fallback="vmap")
+    for factor in (1.0, 3.0):  # two micro-batches
+        model(x, factor=factor).sum().backward()
+    each = torch.cat([x, 3 * x]) * 8  # g_i = N c_i
+    s = observer.statistics()
+    assert_close(s.sample_norms_sq, each.square().sum(1))
+    assert_close(s.inner_products, each @ each.mean(0))
+    model.zero_grad(), observer.reset()
+    (model(x, factor=1.0) + model(x, factor=3.0)).sum().backward()  # two calls in one
+    assert_close(observer.statistics().sample_norms_sq, (16 * x).square().sum(1))
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_without_a_sample_dimension(
     device: torch.device, kind: type[nn.RNNBase]

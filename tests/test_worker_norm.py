@@ -300,5 +300,15 @@ def test_mistakes_with_local_steps(options: dict[str, object], message: str) -> 
 
 
 def test_local_step_without_gradients() -> None:
+    model = network()
+    opt, ((x, y),) = local(model), batches(1, 4)
+    opt.controller.limit_micro_batches(2)
     with pytest.raises(RuntimeError, match="without gradients"):
-        local(network()).step()
+        opt.step()
+    for micro_batch in zip(x.split(2), y.split(2), strict=True):  # goes on with a whole batch
+        opt.zero_grad()
+        assert not opt.updated
+        mse(model, micro_batch).backward()
+        opt.step()
+    assert opt.updated
+    assert (opt.samples, opt.micro_batches) == (4, 2)

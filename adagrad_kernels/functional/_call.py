@@ -40,10 +40,12 @@ class Call(NamedTuple):
     Attributes:
         key: from `listen`, 0 for nobody.
         counts: whether row 1 of the probe counts this call (one of a layer's calls should).
+        context: what the layer needs beside the operands to compute this call's output again.
     """
 
     key: int = 0
     counts: bool = True
+    context: Any = None
 
 
 NOBODY = Call()

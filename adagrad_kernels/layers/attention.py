@@ -137,10 +137,12 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
         weights = F.dropout(weights, self.dropout, self.training)
         return weights @ v, weights
 
-    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+    def respond(
+        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
+    ) -> Tensor:
         """See `ObservedLayer`."""
         (x,) = operands
-        return linear_response(x, *self.part_of(key, params))
+        return linear_response(x, *self.part_of(call.key, params))
 
     def part_of(self, key: int, of: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of the projection with this key, out of the parameters."""

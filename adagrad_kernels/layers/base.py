@@ -211,22 +211,26 @@ class ObservedLayer:
     # What is computed after the backward pass, from the operands of a call: inner products, and
     # the cross terms of parameters that are used more than once.
 
-    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
-        """The output of the call with this key, with `params` in place of the parameters.
+    def respond(
+        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
+    ) -> Tensor:
+        """The output of a call with these operands, with `params` in place of the parameters.
 
         Linear in params (a parameter that is missing there counts as zero), so that
         ⟨c_i, v⟩ = ⟨grad_out_i, respond(v)_i⟩.
         """
         raise NotImplementedError
 
-    def contract(self, key: int, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> Tensor:
+    def contract(
+        self, call: functional.Call, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]
+    ) -> Tensor:
         """⟨c_i, params⟩ for each sample of a call, [b]."""
         dtype = next(iter(params.values())).dtype
 
         def contracted(*operands: Tensor) -> Tensor:
             cast_to = (t.to(dtype) if t.is_floating_point() else t for t in operands)
             *inputs, grad_out = cast_to
-            return (self.respond(key, tuple(inputs), params) * grad_out).flatten(1).sum(1)
+            return (self.respond(call, tuple(inputs), params) * grad_out).flatten(1).sum(1)
 
         grad_out = saved[-1]
         pieces = math.ceil(grad_out.numel() / _PIECE) if grad_out.device.type == "cpu" else 1
@@ -237,7 +241,7 @@ class ObservedLayer:
         )
 
     def sample_grads(
-        self, key: int, saved: tuple[Tensor, ...], names: list[str]
+        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
     ) -> dict[str, Tensor]:
         """c_i itself for each sample of a call and each named parameter, [b, *shape]."""
         of = self.trainable()
@@ -246,7 +250,7 @@ class ObservedLayer:
         }
 
         def product(p: dict[str, Tensor], one: tuple[Tensor, ...]) -> Tensor:
-            return self.contract(key, tuple(t.unsqueeze(0) for t in one), p).sum()
+            return self.contract(call, tuple(t.unsqueeze(0) for t in one), p).sum()
 
         return torch.func.vmap(torch.func.grad(product), in_dims=(None, 0))(params, saved)
 
@@ -264,7 +268,6 @@ _OWN_ATTRIBUTES = (
     "_calls",
     "_coordinate_probes",
     "_inside",
-    "_last",
     "_single",
     "observed_name",
     "observed_parameters",

@@ -45,7 +45,9 @@ class _ObservedConv(ObservedLayer, _ConvNd):
             return (both, none) if any(both) else (None, none)
         return None, tuple(both[::2][::-1])
 
-    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+    def respond(
+        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
+    ) -> Tensor:
         """See `ObservedLayer`."""
         (x,) = operands  # the padded input: only zeros are left to pad
         padding = self._paddings()[1]
@@ -88,7 +90,9 @@ class _ObservedConvTranspose(ObservedLayer, _ConvTransposeNd):
             self.stride, this.padding, tuple(output_padding), self.dilation, self.groups,
         )  # type: ignore[arg-type]  # fmt: skip
 
-    def contract(self, key: int, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> Tensor:
+    def contract(
+        self, call: functional.Call, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]
+    ) -> Tensor:
         """See `ObservedLayer`; the weight's part as a convolution of grad_out."""
         x, grad_out = (t.to(next(iter(params.values())).dtype) for t in saved)
         total = x.new_zeros(x.shape[0])

@@ -44,7 +44,9 @@ class ObservedEmbedding(ObservedLayer, nn.Embedding):
         probe, weight_probe, _, call = self.probes(input)
         return functional.embedding(input, self.weight, self.padding_idx, probe, weight_probe, call)
 
-    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+    def respond(
+        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
+    ) -> Tensor:
         """See `ObservedLayer`."""
         (indices,) = operands
         rows = F.embedding(indices, params["weight"])

@@ -139,18 +139,20 @@ class ObservedFallback(ObservedLayer, nn.Module):
             ) from error
 
     def sample_grads(
-        self, key: int, saved: tuple[Tensor, ...], names: list[str]
+        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
     ) -> dict[str, Tensor]:
         """See `ObservedLayer`."""
-        arity, kwargs = cast(Any, self)._last
+        arity, kwargs = call.context
         args, grads_out = saved[:arity], saved[arity:]
         params = {name: p.detach() for name, p in self.trainable().items()}
         grads, _ = self.per_sample(params, kwargs, args, grads_out)
         return {name: grads[name] for name in names}
 
-    def contract(self, key: int, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> Tensor:
+    def contract(
+        self, call: functional.Call, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]
+    ) -> Tensor:
         """See `ObservedLayer`."""
-        grads = self.sample_grads(key, saved, list(params))
+        grads = self.sample_grads(call, saved, list(params))
         products = [(grads[n] * p).reshape(len(grads[n]), -1).sum(1) for n, p in params.items()]
         return torch.stack(products).sum(0)
 
@@ -176,8 +178,7 @@ class _Fallback(torch.autograd.Function):
         probe, *tensors = ctx.saved_tensors
         args, values = tuple(tensors[: ctx.arity]), tensors[ctx.arity :]
         params = {n: v.detach() for n, v in zip(ctx.names, values, strict=True)}
-        layer._last = (ctx.arity, ctx.kwargs)
-        tell(ctx.call, *args, *grads_out)
+        tell(ctx.call._replace(context=(ctx.arity, ctx.kwargs)), *args, *grads_out)
         samples = args[0].shape[0]
         grads, grads_in = layer.per_sample(params, ctx.kwargs, args, grads_out)
         norms = sum(g.reshape(samples, -1).square().sum(1) for g in grads.values())

@@ -29,7 +29,9 @@ class ObservedLinear(ObservedLayer, nn.Linear):
             input, self.weight, self.bias, probe, weight_probe, bias_probe, call, update
         )
 
-    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+    def respond(
+        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
+    ) -> Tensor:
         """See `ObservedLayer`."""
         (x,) = operands
         return linear_response(x, params.get("weight"), params.get("bias"))
@@ -62,7 +64,9 @@ class ObservedConv1D(ObservedLayer, nn.Module):
             x, self.weight.t(), self.bias, probe, weight_probe, bias_probe, call
         )
 
-    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+    def respond(
+        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
+    ) -> Tensor:
         """See `ObservedLayer`."""
         (x,) = operands
         weight = params.get("weight")

@@ -19,7 +19,9 @@ from .base import ObservedLayer
 class _Affine(ObservedLayer):
     observed_method = "sums by channel"
 
-    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+    def respond(
+        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
+    ) -> Tensor:
         """See `ObservedLayer`; operands are x [b, T, C, S] and its statistics (mean and) rstd."""
         x, *statistics = operands
         if statistics:

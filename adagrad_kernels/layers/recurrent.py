@@ -118,10 +118,12 @@ class ObservedRecurrent(ObservedLayer, nn.RNNBase):
         return [f"{kind}{part}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh",
                                              "weight_hr")]  # fmt: skip
 
-    def respond(self, key: int, operands: tuple[Tensor, ...], params: Mapping[str, Any]) -> Tensor:
+    def respond(
+        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
+    ) -> Tensor:
         """See `ObservedLayer`."""
         (x,) = operands
-        return linear_response(x, *self.part_of(key, params))
+        return linear_response(x, *self.part_of(call.key, params))
 
     def part_of(self, key: int, of: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of the product with this key, out of the parameters."""

@@ -114,20 +114,20 @@ class LocalAdaptiveBatch:
         """Updates when the local batch is complete; every `local_steps` updates synchronises.
 
         Raises:
-            RuntimeError: no gradients.
+            RuntimeError: no gradients; what had been accumulated is then forgotten.
         """
         result = None
         if closure is not None:
             result = closure()
-        self._micro_batches += 1
-        size, count = self.controller.micro_batches()
-        self.updated = self._micro_batches == count
-        self.synchronised = False
-        if not self.updated:
-            return result
+        self.updated = self.synchronised = False
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not grads:
+            self._micro_batches = 0
             raise RuntimeError("step() without gradients: call backward() before it")
+        self._micro_batches += 1
+        size, count = self.controller.micro_batches()
+        if self._micro_batches < count:
+            return result
         if count > 1:
             torch._foreach_mul_(grads, 1 / count)
         self._micro_batches, self.micro_batches = 0, count
@@ -137,6 +137,7 @@ class LocalAdaptiveBatch:
         if self.synchronised:
             self._average()
         self.controller.advance(decision)
+        self.updated = True
         return result
 
     @torch.no_grad()
