@@ -231,7 +231,10 @@ class BatchSizeController:
         b, limit = self.batch_size, self.growth_limit
         most, least = self.max_batch_size, min(b, self.min_batch_size)
         if limit is not None:
-            most, least = min(most, math.ceil(limit * b)), max(least, math.floor(b / limit))
+            rounding = 1e-12 * b  # 1.1 · 100 is 110.00…01
+            grown = max(math.ceil(limit * b - rounding), b + 1)
+            shrunk = math.floor(b / limit + rounding)
+            most, least = min(most, grown), max(least, shrunk)
         return max(b if self.monotone else least, min(suggestion, most))
 
     @property

@@ -22,7 +22,7 @@ from .distributed import (
     whole,
 )
 from .recorder import Recorder
-from .selfcheck import unexplained
+from .selfcheck import check_bounded, unexplained
 from .shards import in_layout, sums_over_ranks
 from .shared import ObservedCall
 from .statistics import CoordinateReductions, GradientStatistics, LazyCoordinates
@@ -221,8 +221,9 @@ class Observer(Recorder):
 
         Raises:
             RuntimeError: no backward pass; layers that disagree about the number of samples; a
-                parameter with a gradient but without statistics; in a compiled model, layers
-                that are used twice; ranks whose gradients have not been averaged.
+                parameter with a gradient but without statistics; a gradient larger than a mean
+                of the samples' gradients can be; in a compiled model, layers that are used
+                twice; ranks whose gradients have not been averaged.
         """
         if not self._micro_batches:
             raise RuntimeError(
@@ -252,10 +253,12 @@ class Observer(Recorder):
             n = int(samples)
             sum_sq, norms = sum_sq / ranks.size**2, norms / ranks.size**2
         self._check_calls(with_grad, least, most, outside)
+        sum_norms_sq = sum_sq * (n * gradient_scale) ** 2
+        check_bounded(n, sum_norms_sq, mean_norm_sq)
         mean, variance = self._by_coordinate(grads, n, gradient_scale, lazy=bool(found))
         return GradientStatistics(
             batch_size=n,
-            sum_norms_sq=sum_sq * (n * gradient_scale) ** 2,
+            sum_norms_sq=sum_norms_sq,
             mean_norm_sq=mean_norm_sq,
             contribution_norms_sq=norms,
             gradient_scale=gradient_scale,

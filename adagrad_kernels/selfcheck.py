@@ -1,4 +1,5 @@
-"""The check of an observer's first backward pass: do the measured calls explain the gradient?
+"""Do the measured calls explain the gradient? An exact check of an observer's first backward pass,
+and a necessary condition at every step.
 
 A parameter that is also used outside its layer's forward (`F.linear(x, embedding.weight)`, a
 penalty on the weights) gets gradient that no layer measures, and statistics would silently be
@@ -8,6 +9,8 @@ over them: the sums agree before G was averaged and after it.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +71,24 @@ def unexplained(
                 "into weight_decay"
             )
     return ""
+
+
+def check_bounded(batch_size: int, sum_norms_sq: float, mean_norm_sq: float) -> None:
+    """That ‖ḡ‖² ≤ Σ_i ‖g_i‖² / N, which holds for every mean; gradient from elsewhere may break it.
+
+    Raises:
+        RuntimeError: if it is far from holding.
+    """
+    mean_sample_norm_sq = sum_norms_sq / batch_size
+    finite = math.isfinite(mean_norm_sq) and math.isfinite(mean_sample_norm_sq)
+    if finite and mean_norm_sq > 1.05 * mean_sample_norm_sq:  # 16-bit gradients are rough
+        raise RuntimeError(
+            f"the gradient is larger than a mean of the samples' gradients can be: ‖ḡ‖² = "
+            f"{mean_norm_sq:.4g}, but ‖g_i‖² = {mean_sample_norm_sq:.4g} on average. Some of it is "
+            "older than these samples (zero_grad() whenever the observer is reset), or comes from "
+            "elsewhere than the layers' forward (weight penalties go into weight_decay), or was "
+            "scaled after the backward pass"
+        )
 
 
 def _over_ranks(

@@ -65,7 +65,8 @@ class GradientStatistics:
     gradient (squared where a square is named).
 
     The sums over samples were pooled and read from the device once, when the object was made;
-    the properties are 0-dim float64 tensors computed from them, and no property synchronises.
+    the properties are computed from them, 0-dim float64 tensors unless another type is named, and
+    none synchronises.
 
     Attributes:
         batch_size: N, over all micro-batches and ranks.
@@ -82,7 +83,8 @@ class GradientStatistics:
             for (of all ranks, one after another), [m], or None if not asked for.
         accumulators: AdaGrad's v_j by parameter name, this step's gradient included, where the
             criterion asked an optimizer of this package for them.
-        loss: mean loss of the samples, where an optimizer was told.
+        eps: what AdaGrad adds to √v_j, by parameter name, likewise.
+        loss: mean loss of the samples, where the optimizer's step was given it.
         lr: learning rate of the step (of the first parameter group), where an optimizer took it.
         workers: J, where the variance was measured between the mean gradients of J parts of the
             batch (`WorkerNormTest`), otherwise 0.
@@ -105,6 +107,7 @@ class GradientStatistics:
     coordinate_reductions: CoordinateReductions | None = None
     inner_products: Tensor | None = field(default=None, repr=False)
     accumulators: dict[str, Tensor] | None = field(default=None, repr=False)
+    eps: dict[str, float] | None = field(default=None, repr=False)
     loss: float | None = None
     lr: float | None = None
     workers: int = 0

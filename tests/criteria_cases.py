@@ -23,9 +23,8 @@ def statistics(g: Tensor, **more: Any) -> ak.GradientStatistics:
         contribution_norms_sq=(g / n).square().sum(1),
         coordinate_mean={"a": mean[:2], "b": mean[2:]},
         coordinate_variance={"a": g.var(0)[:2], "b": g.var(0)[2:]},
-        inner_products=g @ mean,
         accumulators={"a": torch.full((2,), 4.0), "b": 9.0 + torch.zeros(g.shape[1] - 2)},
-        **{"loss": 0.5, "lr": 0.25, "workers": n, **more},
+        **{"inner_products": g @ mean, "loss": 0.5, "lr": 0.25, "workers": n, **more},
     )
 
 

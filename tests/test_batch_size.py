@@ -112,6 +112,13 @@ def test_a_growth_limit_never_stops_growth(batch_size: int, limit: float) -> Non
     assert feed(controller, [UNBOUNDED])[-1] == math.ceil(limit * batch_size) > batch_size
 
 
+def test_a_growth_limit_by_hand() -> None:
+    controller = BatchSizeController(100, 10**6, growth_limit=1.1)  # 1.1 · 100 > 110 in floats
+    assert feed(controller, [UNBOUNDED, UNBOUNDED])[-2:] == [110, 121]
+    controller = BatchSizeController(110, 10**6, growth_limit=1.1, monotone=False)
+    assert feed(controller, [1])[-1] == 100
+
+
 def test_rounding_by_hand() -> None:
     controller = BatchSizeController(8, 60000)
     controller.limit_micro_batches(512)

@@ -221,7 +221,7 @@ def test_the_first_pass_is_checked_where_graphs_tell(device: torch.device) -> No
     x, y = torch.randn(4, 3, device=device), torch.randn(4, 3, device=device)
     with pytest.raises(RuntimeError, match=r"'layer\.weight' has a gradient that the calls"):
         passes(gradient_before=False).statistics()
-    passes(gradient_before=True).statistics()  # what was there before is not the calls'
+    passes(gradient_before=True).check()  # what was there before is not the calls'
 
 
 def test_untold_calls_cannot_be_told_apart(

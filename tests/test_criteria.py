@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from training import network
 
 import adagrad_kernels as ak
 from adagrad_kernels.criteria import UNBOUNDED, Criterion
+from adagrad_kernels.stream import SampleStream
 
 
 class TestFormulas:
@@ -44,6 +46,24 @@ class TestFormulas:
         variance = sum((x - average) ** 2 for x in p) / (len(p) - 1)
         needed = variance / (theta**2 * average**2)
         assert_decides(ak.InnerProductTest(theta).evaluate(statistics(g)), len(g), needed)
+
+    @given(gradients(), bounds, bounds)
+    def test_inner_products_debiased(self, g: Tensor, theta: float, nu: float) -> None:
+        """The signal is without all of its noise, not only without that along or across it."""
+        s, n = statistics(g), len(g)
+        plain = ak.AugmentedInnerProductTest(theta, nu)
+        signal = s.mean_norm_sq - s.variance / n
+        assume(abs(signal) > 1e-6 * s.mean_norm_sq)
+        for comparison, debiased in zip(
+            plain.compare(s), replace(plain, debiased=True).compare(s), strict=True
+        ):
+            assert debiased.signal == pytest.approx(signal)
+            assert debiased.noise == comparison.noise
+        for test in (ak.InnerProductTest(theta), ak.OrthogonalityTest(nu)):
+            decision = replace(test, debiased=True).evaluate(s)
+            if signal > 0:
+                needed = test.evaluate(s).ratio * n * s.mean_norm_sq / signal
+                assert_decides(decision, n, needed)
 
     @given(gradients(), bounds)
     def test_orthogonality(self, g: Tensor, nu: float) -> None:
@@ -91,6 +111,17 @@ class TestFormulas:
         decision = ak.CoordinateNormTest(eta, "adagrad").evaluate(s)
         assert_decides(decision, len(g), needed.item())
 
+    def test_adagrad_metric_with_eps(self) -> None:
+        s = replace(
+            statistics(torch.tensor([[1.0, 4.0], [3.0, 0.0]])),
+            coordinate_mean={"a": torch.tensor([2.0]), "b": torch.tensor([2.0])},
+            coordinate_variance={"a": torch.tensor([2.0]), "b": torch.tensor([8.0])},
+            accumulators={"a": torch.tensor([4.0]), "b": torch.tensor([9.0])},
+            eps={"a": 0.5, "b": 1.0},
+        )
+        needed = (2 / 2.5 + 8 / 4) / (4 / 2.5 + 4 / 4)
+        assert ak.CoordinateNormTest(1.0, "adagrad").evaluate(s).ratio == needed / 2
+
     @given(gradients(), bounds)
     def test_one_accumulator_for_all_is_the_norm_test(self, g: Tensor, eta: float) -> None:
         s = statistics(g)
@@ -120,36 +151,45 @@ class TestFormulas:
 
 
 class TestFiniteDataSet:
-    """The factor (n − b)/(n − 1)."""
+    """The factor 1 − x + x²/3 of stretches of permutations, 1/(3x) beyond the data set."""
 
-    @given(gradients(20), st.floats(0.05, 1.0), st.integers(20, 500), st.booleans())
+    @given(gradients(20), st.floats(0.05, 1.0), st.integers(10, 500), st.booleans())
     def test_the_suggestion_is_the_least_batch_that_passes(
         self, g: Tensor, eta: float, size: int, debiased: bool
     ) -> None:
-        test = ak.NormTest(eta, dataset_size=size, debiased=debiased)
-        decision = test.evaluate(statistics(g))
-        assert decision.batch_size <= size
+        decision = ak.NormTest(eta, dataset_size=size, debiased=debiased).evaluate(statistics(g))
         mean = g.mean(0).square().sum().item()
         trace = g.var(0).sum().item()
+
+        def error(b: int) -> float:
+            x = b / size
+            return trace / b * (1 - x + x**2 / 3 if x <= 1 else 1 / (3 * x))
+
         if debiased:
-            mean -= trace / len(g) * (size - len(g)) / (size - 1)
+            mean -= error(len(g))
+        expected = error(len(g)) / (eta**2 * mean) if mean > 0 else math.inf
+        assert decision.ratio == pytest.approx(expected if trace else 0.0, rel=1e-6)
+        assert decision.passed == (decision.ratio <= 1)
+        if decision.batch_size < UNBOUNDED and not decision.passed:
+            b = decision.batch_size
+            assert error(b) <= eta**2 * mean * (1 + 1e-6)
+            assert b == len(g) + 1 or error(b - 1) > eta**2 * mean * (1 - 1e-6)
 
-        def passes(b: int) -> bool:
-            error = trace / b * (size - b) / (size - 1)
-            return b == size or error <= eta**2 * mean * (1 + 1e-9)
-
-        error = trace / len(g) * (size - len(g)) / (size - 1)
-        expected = error / (eta**2 * mean) if mean > 0 else math.inf
-        assert decision.ratio == pytest.approx(expected if error else 0.0, rel=1e-6)
-        assert decision.passed == passes(len(g))
-        if not decision.passed:
-            assert passes(decision.batch_size)
-            assert decision.batch_size == len(g) + 1 or not passes(decision.batch_size - 1)
-
-    def test_the_whole_data_set_has_no_error(self) -> None:
-        g = torch.tensor([[1.0], [-1.0], [3.0], [-3.0]]).expand(4, 3)
-        assert ak.NormTest(0.1, dataset_size=4).evaluate(statistics(g)).passed
-        assert ak.NormTest(0.1, dataset_size=5).evaluate(statistics(g)).batch_size == 5
+    @pytest.mark.parametrize("batch_size", [30, 80, 101, 150, 250])
+    def test_the_variance_of_the_loaders_batches(self, batch_size: int) -> None:
+        """Of the mean of many batches that begin anywhere in an epoch."""
+        n = 101
+        values = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        controller = ak.BatchSizeController(batch_size, batch_size)
+        stream = SampleStream(n, controller, shuffle=True, seed=3)
+        means = []
+        for k in range(4000):
+            stream.samples = 5 * n * k + k % n
+            means.append(values[stream.indices(stream.next())].mean())
+            stream.take()
+        share = ak.NormTest(1.0, dataset_size=n)._variance_of_mean(batch_size)
+        expected = share * values.var().item()
+        assert torch.stack(means).var().item() == pytest.approx(expected, rel=0.08)
 
 
 class TestErrors:
@@ -188,7 +228,7 @@ class TestErrors:
             ak.Averaged(ak.Averaged(ak.NormTest()))
         with pytest.raises(ValueError, match="epsilon"):
             ak.theta_nu_from_epsilon(0.0, statistics(torch.randn(4, 3)))
-        with pytest.raises(ValueError, match="do not tell"):
+        with pytest.raises(ValueError, match="do not determine"):
             ak.theta_nu_from_epsilon(1.0, statistics(torch.zeros(4, 3)))
 
     @pytest.mark.parametrize(

@@ -159,6 +159,14 @@ class TestBehaviour:
         assert math.isnan(decision.ratio)
         assert "not finite" in decision.reason
 
+    def test_no_decision_without_finite_inner_products(self) -> None:
+        s = statistics(torch.ones(4, 3), inner_products=torch.tensor([1.0, math.nan, 1.0, 1.0]))
+        for test in (ak.InnerProductTest(0.5), ak.AugmentedInnerProductTest(0.5, 1.0)):
+            decision = test.evaluate(s)
+            assert decision.passed
+            assert decision.batch_size == 4
+            assert "not finite" in decision.reason
+
     def test_a_zero_gradient(self) -> None:
         """Asks for the cap if the variance is positive, passes if everything is 0."""
         noise = torch.tensor([[1.0, 0.0, 2.0], [-1.0, 0.0, -2.0]], dtype=torch.float64)
@@ -205,6 +213,15 @@ class TestAveraged:
             for _ in range(3):
                 assert test.evaluate(s).ratio == pytest.approx(make().evaluate(s).ratio, rel=1e-9)
                 test.record(s)
+
+    def test_steps_without_a_learning_rate_count_in_cabs(self) -> None:
+        """The first step of a warm-up asks for nothing, but its variance is one like any other."""
+        test, g = ak.Averaged(ak.CABS(), 0.5), torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+        still = statistics(g, lr=0.0, loss=0.25)
+        assert test.evaluate(still) == ak.Decision(True, 1, 0.0)
+        test.record(still)
+        moving = statistics(g, lr=0.25, loss=0.25)
+        assert test.evaluate(moving).batch_size == ak.CABS().evaluate(moving).batch_size
 
     def test_a_negative_signal_now_and_then_does_no_harm(self) -> None:
         test = ak.Averaged(ak.NoiseScaleTarget(), 0.9)

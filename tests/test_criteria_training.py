@@ -68,6 +68,21 @@ class TestTraining:
         assert opt.decision.ratio == pytest.approx(decision.ratio, rel=1e-6)
         assert opt.decision.passed == decision.passed
 
+    def test_the_metric_of_the_kernel_is_that_of_the_criterion(self) -> None:
+        """Σ_j var_j/(√v_j + eps), summed by the update, or from the coordinates where averaged."""
+        test = ak.CoordinateNormTest(0.5, "adagrad")
+        ratios = []
+        for criterion in (test, ak.Averaged(test, decay=0.0)):
+            model = network()
+            groups = [
+                {"params": list(model[0].parameters()), "eps": 0.5},
+                {"params": list(model[2].parameters()), "eps": 0.1},
+            ]
+            opt = ak.AdAdaGrad(model, 0.1, criterion, 12, 12, params=groups)
+            train(model, opt, batches(3, 12))
+            ratios.append(opt.decision.ratio)
+        assert ratios[0] == pytest.approx(ratios[1], rel=1e-9)
+
     @pytest.mark.parametrize(
         "make",
         [

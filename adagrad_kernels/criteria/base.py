@@ -183,11 +183,19 @@ class GradientTest(VarianceTest):
 
     Args:
         debiased: compare with ‖ḡ‖² − tr Σ̂/b, the unbiased estimate of ‖∇F‖², instead of ‖ḡ‖²
-            (and likewise for other squares). The plain form, the papers', comes to rest at
-            (1/η² − 1) times the gradient noise scale, this one at 1/η² times.
-        dataset_size: n, for batches drawn without replacement from n samples: the variance of
-            their mean then has the factor (n − b)/(n − 1) (arXiv 2412.21124, eq. 2), and b⁺
-            solves the test with it, so that b⁺ ≤ n. None leaves the factor at 1.
+            (coordinates likewise). The plain form, the papers', settles at (1/η² − 1) times the
+            gradient noise scale, this one at 1/η² times. Where one batch's estimate is not
+            positive, as in pure noise, no finite batch passes: combine it with `Averaged`, or
+            limit single changes with `growth_limit`.
+        dataset_size: n, for the batches of an `AdaptiveDataLoader` over n samples. They are
+            stretches of one permutation after another; those that span the end of an epoch may
+            hold samples twice. With x = b/n the variance of their mean then is
+
+                tr Σ / b · (1 − x + x²/3)  for x ≤ 1,    tr Σ / b · 1/(3x)  beyond,
+
+            on average over where in the epoch they begin (tr Σ with 1/(n − 1)), and b⁺ solves the
+            test with it. (Each drawn from all n samples without replacement, it would be 1 − x:
+            arXiv 2412.21124, eq. 2.) None leaves the factor at 1.
     """
 
     debiased: bool = field(default=False, kw_only=True)
@@ -204,21 +212,26 @@ class GradientTest(VarianceTest):
 
     def compare(self, statistics: GradientStatistics) -> tuple[Comparison, ...]:
         """The inequalities that must all hold, with a debiased signal if that was chosen."""
-        return self._debiased(self._compare(statistics), statistics.batch_size)
+        comparisons = self._compare(statistics)
+        return self._debiased(comparisons, statistics) if self.debiased else comparisons
 
-    def _debiased(self, comparisons: tuple[Comparison, ...], n: int) -> tuple[Comparison, ...]:
-        if not self.debiased:
-            return comparisons
-        factor = self._correction(n) / n
+    def _debiased(
+        self, comparisons: tuple[Comparison, ...], statistics: GradientStatistics
+    ) -> tuple[Comparison, ...]:
+        """With the signals' own share of noise taken off: here that of the same comparison."""
+        share = self._variance_of_mean(statistics.batch_size)
 
         def debias(signal: Any, noise: Any) -> Any:
-            return signal - noise * factor
+            return signal - noise * share
 
         return tuple(replace(c, signal=apply(debias, c.signal, c.noise)) for c in comparisons)
 
-    def _correction(self, batch_size: int) -> float:
-        n = self.dataset_size
-        return 1.0 if n is None else max(n - batch_size, 0) / (n - 1)
+    def _variance_of_mean(self, batch_size: int) -> float:
+        """Of b samples, as a multiple of the variance of one."""
+        if self.dataset_size is None:
+            return 1 / batch_size
+        x = batch_size / self.dataset_size
+        return (1 - x + x * x / 3 if x <= 1 else 1 / (3 * x)) / batch_size
 
     def decide(self, batch_size: int, comparisons: Sequence[Comparison]) -> Decision:
         """As in `VarianceTest`, with the factor of a finite data set."""
@@ -226,13 +239,15 @@ class GradientTest(VarianceTest):
         if n is None:
             return super().decide(batch_size, comparisons)
         needed = max(comparison.needed() for comparison in comparisons)
-        correction = self._correction(batch_size)
-        ratio = needed * correction / batch_size if correction else 0.0
+        ratio = needed * self._variance_of_mean(batch_size)
         if ratio <= 1:
             return Decision(True, batch_size, ratio)
-        # needed (n − b)/(n − 1) ≤ b, solved for b
-        solved = n * needed / (n - 1 + needed) if needed < math.inf else n
-        return Decision(False, min(max(ceil(solved), batch_size + 1), n), ratio)
+        if needed == math.inf:
+            return Decision(False, UNBOUNDED, ratio)
+        # With u = n/needed: 1/x − 1 + x/3 = u for x ≤ 1, 1/(3x²) = u beyond.
+        u = n / needed
+        x = 2 / (1 + u + math.sqrt((1 + u) ** 2 - 4 / 3)) if 3 * u >= 1 else (3 * u) ** -0.5
+        return Decision(False, max(ceil(n * x * (1 - 1e-12)), batch_size + 1), ratio)
 
 
 def ceil(value: float) -> int:

@@ -14,7 +14,7 @@ from .base import UNBOUNDED, Comparison, Decision, VarianceTest
 class CABS(VarianceTest):
     """Coupled adaptive batch size: b⁺ = round(lr · tr Σ̂ / F), F the loss (at least 0).
 
-    Other than the tests it also suggests smaller batches; the controller follows with
+    Unlike the tests it also suggests smaller batches; the controller follows with
     `monotone=False`. The source clips to [16, 2048] (`min_batch_size`, `max_batch_size`) and
     averages tr Σ̂ and F: `Averaged(CABS(), 0.95)`. The loss comes from `opt.step(loss=loss)` or a
     closure.
@@ -47,9 +47,8 @@ class CABS(VarianceTest):
         """Tr Σ̂ / b ≤ F / lr."""
         if statistics.loss is None or statistics.lr is None:
             raise ValueError("CABS needs the loss: call opt.step(loss=loss)")
-        if statistics.lr <= 0:
-            return (Comparison(0.0, statistics.loss, 1.0),)
-        return (Comparison(statistics.variance, statistics.loss, 1 / statistics.lr),)
+        bound = 1 / statistics.lr if statistics.lr > 0 else math.inf
+        return (Comparison(statistics.variance, statistics.loss, bound),)
 
     def decide(self, batch_size: int, comparisons: Sequence[Comparison]) -> Decision:
         """The nearest number of samples to what is needed, also where that is fewer."""

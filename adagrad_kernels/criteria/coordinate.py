@@ -29,7 +29,8 @@ class CoordinateNormTest(GradientTest):
     - "quantile": b⁺ from the quantile of the coordinates' own suggestions;
     - "fraction": as many coordinates may fail as `fraction` of them; the quantile 1 − fraction;
     - "adagrad": errors measured as AdaGrad's step measures gradients,
-      Σ_j var_j/√v_j ≤ b η² Σ_j ḡ_j²/√v_j with its accumulators v (`AdAdaGrad` supplies them).
+      Σ_j var_j/(√v_j + eps) ≤ b η² Σ_j ḡ_j²/(√v_j + eps) with its accumulators v and its eps
+      (`AdAdaGrad` supplies them).
 
     Where `fully_shard` has sharded the parameters, each rank sums the squares of its own samples
     in buffers as large as the whole model, and all together then keep shards of the sums. "max"
@@ -95,8 +96,10 @@ class CoordinateNormTest(GradientTest):
             sides = known.get(self.aggregate)
         if sides is None:
             return super().evaluate(statistics)
-        n = statistics.batch_size
-        return self.decide(n, self._debiased((Comparison(*sides, self.eta**2),), n))
+        comparisons: tuple[Comparison, ...] = (Comparison(*sides, self.eta**2),)
+        if self.debiased:
+            comparisons = self._debiased(comparisons, statistics)
+        return self.decide(statistics.batch_size, comparisons)
 
     def _compare(self, statistics: GradientStatistics) -> tuple[Comparison, ...]:
         variance, mean = statistics.coordinate_variance, statistics.coordinate_mean
@@ -105,7 +108,7 @@ class CoordinateNormTest(GradientTest):
         squares = {name: mean[name].double().square() for name in variance}
         noise = {name: v.double() for name, v in variance.items()}
         if self.aggregate == "adagrad":
-            return (self._in_metric(noise, squares, statistics.accumulators),)
+            return (self._in_metric(noise, squares, statistics),)
         parts = {"max": 1.0, "quantile": self.quantile, "fraction": 1 - self.fraction}
         return (Comparison(noise, squares, self.eta**2, parts[self.aggregate]),)
 
@@ -113,8 +116,9 @@ class CoordinateNormTest(GradientTest):
         self,
         noise: dict[str, Tensor],
         squares: dict[str, Tensor],
-        accumulators: dict[str, Tensor] | None,
+        statistics: GradientStatistics,
     ) -> Comparison:
+        accumulators, eps = statistics.accumulators, statistics.eps or {}
         if accumulators is None:
             raise ValueError(
                 'aggregate="adagrad" needs the accumulators of AdAdaGrad; with another optimizer '
@@ -122,7 +126,7 @@ class CoordinateNormTest(GradientTest):
             )
         sums = []
         for name, variance in noise.items():
-            root = local(accumulators[name]).double().sqrt()
+            root = local(accumulators[name]).double().sqrt() + eps.get(name, 0.0)
             sides = [
                 # 0/0, a coordinate that never had a gradient, counts as 0
                 torch.where(x > 0, x / root, 0.0).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..statistics import GradientStatistics
 from .base import Comparison, GradientTest, check_positive
@@ -37,7 +37,19 @@ class _NeedsInnerProducts(GradientTest):
         p = statistics.inner_products
         if p is not None and len(p) < 2:
             return "fewer than two inner products were measured"
-        return super().undecidable(statistics)
+        if reason := super().undecidable(statistics):
+            return reason
+        variance = statistics.inner_product_variance
+        finite = variance is None or math.isfinite(variance)
+        return "" if finite else "the inner products are not finite"
+
+    def _debiased(
+        self, comparisons: tuple[Comparison, ...], statistics: GradientStatistics
+    ) -> tuple[Comparison, ...]:
+        """All compare with ‖ḡ‖², in which the whole variance is, not only the part they look at."""
+        share = self._variance_of_mean(statistics.batch_size)
+        signal = statistics.mean_norm_sq - statistics.variance * share
+        return tuple(replace(c, signal=signal) for c in comparisons)
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class OrthogonalityTest(_NeedsInnerProducts):
     (With inner products of only some of the samples, the last form holds on average.)
 
     Args:
-        nu: ν > 0; 5.84 (tan 80°) in the source, 1 in the AdAdaGrad experiments.
+        nu: ν > 0; 5.84 in the source (which calls it tan 80°), 1 in the AdAdaGrad experiments.
         every_sample: see `InnerProductTest`.
         debiased: see `GradientTest`; dataset_size likewise.
 
@@ -189,7 +201,7 @@ def theta_nu_from_epsilon(epsilon: float, statistics: GradientStatistics) -> tup
         raise ValueError(f"epsilon must be positive, got {epsilon!r}")
     along, across = _along(statistics), _across(statistics)
     if not (along + across > 0 and statistics.mean_norm_sq > 0):
-        raise ValueError("statistics without variance or gradient do not tell θ from ν")
+        raise ValueError("without variance or gradient these statistics do not determine θ and ν")
     share = along / (along + across)
     return epsilon * math.sqrt(share), epsilon * math.sqrt(1 - share)
 

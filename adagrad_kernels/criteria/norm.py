@@ -14,12 +14,13 @@ class NormTest(GradientTest):
 
         passes if  tr Σ̂ / b ≤ η² ‖ḡ‖²,  otherwise  b⁺ = ⌈tr Σ̂ / (η² ‖ḡ‖²)⌉
 
-    In pure noise (‖ḡ‖² ≈ tr Σ̂/b) a test multiplies the batch by at most about 1/η²; it comes
-    to rest near (1/η² − 1) times the gradient noise scale.
+    In pure noise (‖ḡ‖² ≈ tr Σ̂/b) a test multiplies the batch by about 1/η². The batch settles
+    where tests pass on average, at (1/η² − 1) times the gradient noise scale, or above: it never
+    shrinks, and estimates scatter, the more so the fewer directions the gradients have.
 
     Args:
         eta: η > 0, the allowed relative error; 0.05 to 0.5 in the papers. Smaller means larger
-            batches; from 1 on a test hardly ever fails.
+            batches; from 1 on they hardly grow.
         debiased: see `GradientTest`; dataset_size likewise.
 
     Raises:

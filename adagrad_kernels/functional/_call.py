@@ -45,7 +45,7 @@ class Call(NamedTuple):
 
     key: int = 0
     counts: bool = True
-    context: Any = None
+    context: object = None
 
 
 NOBODY = Call()

@@ -142,7 +142,7 @@ class ObservedFallback(ObservedLayer, nn.Module):
         self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
     ) -> dict[str, Tensor]:
         """See `ObservedLayer`."""
-        arity, kwargs = call.context
+        arity, kwargs = cast(Any, call.context)
         args, grads_out = saved[:arity], saved[arity:]
         params = {name: p.detach() for name, p in self.trainable().items()}
         grads, _ = self.per_sample(params, kwargs, args, grads_out)

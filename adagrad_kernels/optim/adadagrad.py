@@ -47,7 +47,7 @@ class AdAdaGrad(AdaptiveAdagrad):
         batch_size: first global batch size; at least 2 to grow.
         max_batch_size: cap of the batch size.
         lr_decay: see the formula.
-        weight_decay: see the formula.
+        weight_decay: see the formula. The criterion looks at ḡ, without the decay.
         initial_accumulator_value: v before the first step.
         eps: added after the root.
         maximize: ascend.
@@ -149,7 +149,7 @@ class AdAdaGrad(AdaptiveAdagrad):
             self._in_backward.forget()
         super().zero_grad(set_to_none)
 
-    def _apply(self) -> tuple[list[Tensor], float, Updated]:
+    def _apply(self) -> tuple[float, Updated]:
         if self._in_backward is None:
             return super()._apply()
         if self._in_backward.active:

@@ -129,17 +129,27 @@ class AdaptiveAdagrad(Cycled, Optimizer):
             with torch.enable_grad():
                 loss = result = closure()
         if self.cycle.complete(self.param_groups, loss, self._given_loss_scale()):
-            params, lr, (norm_sq, reductions) = self._apply()
-            accumulators = None
-            if "accumulators" in self.cycle.criterion.needs:
-                sums = {id(p): self.state[p]["sum"] for p in params}
-                named = self.cycle.observer.parameters()
-                accumulators = {name: sums[id(p)] for name, p in named if id(p) in sums}
-            self.cycle.finish(norm_sq, lr, accumulators, reductions)
+            lr, (norm_sq, reductions) = self._apply()
+            metric = self._metric() if "accumulators" in self.cycle.criterion.needs else {}
+            self.cycle.finish(norm_sq, lr, reductions, **metric)
         return result
 
-    def _apply(self) -> tuple[list[Tensor], float, Updated]:
-        """Updates; returns the parameters, lr_k of the first one, and what `_update` returns."""
+    def _metric(self) -> dict[str, dict[str, Any]]:
+        """The accumulators and eps by the names of the parameters that have a gradient."""
+        names = {id(p): name for name, p in self.cycle.observer.parameters()}
+        of_group = {
+            names[id(p)]: (self.state[p]["sum"], group["eps"])
+            for group in self.param_groups
+            for p in group["params"]
+            if id(p) in names and "sum" in self.state[p]
+        }
+        return {
+            "accumulators": {name: total for name, (total, _) in of_group.items()},
+            "eps": {name: eps for name, (_, eps) in of_group.items()},
+        }
+
+    def _apply(self) -> tuple[float, Updated]:
+        """Updates; returns lr_k of the first parameter, and what `_update` returns."""
         work = list(self._work())
         update = self._update if self.max_grad_norm is None else self._clipped_update
         try:
@@ -147,7 +157,7 @@ class AdaptiveAdagrad(Cycled, Optimizer):
         except RuntimeError as error:
             self._explain(work, error)
             raise
-        return [w.param for w in work], work[0].lr, found
+        return work[0].lr, found
 
     def _explain(self, work: list[Work], error: RuntimeError) -> None:
         """Raises what the user can mend, where the model has been changed under the optimizer."""

@@ -247,8 +247,8 @@ class BatchCycle:
         self,
         grad_norm_sq: Tensor | None = None,
         lr: float | None = None,
-        accumulators: dict[str, Tensor] | None = None,
         reductions: Tensor | None = None,
+        **metric: dict[str, Any],
     ) -> None:
         """Tests the complete batch, if that is due, sets the next size and starts counting anew.
 
@@ -256,8 +256,8 @@ class BatchCycle:
             grad_norm_sq: this rank's share of ‖ḡ‖² where the update has computed it; otherwise
                 read from `.grad`.
             lr: learning rate of the step, for criteria that look at it.
-            accumulators: by parameter name, likewise.
             reductions: of the coordinates, where the update has computed them.
+            metric: `accumulators` and `eps` of the statistics, for criteria that look at them.
         """
         controller = self.controller
         samples = sum(self.observer.rows()) * self.ranks.size
@@ -276,9 +276,7 @@ class BatchCycle:
                         f"{samples // self.ranks.size} on this one: averaged gradients would give "
                         "them different weights. Use AdaptiveDataLoader"
                     )
-                statistics = replace(
-                    statistics, loss=self._mean_loss(), lr=lr, accumulators=accumulators
-                )
+                statistics = replace(statistics, loss=self._mean_loss(), lr=lr, **metric)
                 self.decision = self._test(statistics)
                 self.statistics = statistics
                 controller.advance(self.decision, statistics, samples)

@@ -219,7 +219,7 @@ class InBackward:
         for p in self._hooks:
             p.grad = None
 
-    def take(self) -> tuple[list[Tensor], float, Updated]:
+    def take(self) -> tuple[float, Updated]:
         """What `AdaptiveAdagrad._apply` returns, of the updates in the backward pass."""
         if not self._done:
             raise RuntimeError(
@@ -230,7 +230,7 @@ class InBackward:
         norm_sq = torch.stack([self._done[p][0] for p in params]).sum()
         lr = self._done[params[0]][1]
         self.forget()
-        return params, lr, (norm_sq, None)
+        return lr, (norm_sq, None)
 
     def forget(self) -> None:
         """Ready for the next batch."""
