@@ -22,7 +22,7 @@ from .distributed import (
     whole,
 )
 from .recorder import Recorder
-from .selfcheck import check_bounded, unexplained
+from .selfcheck import check_bounded, parameters_with_grad, unexplained
 from .shards import in_layout, sums_over_ranks
 from .shared import ObservedCall
 from .statistics import CoordinateReductions, GradientStatistics, LazyCoordinates
@@ -233,6 +233,12 @@ class Observer(Recorder):
         with_grad = self._checked()
         rows = self.rows()
         grads = {p: p.grad for _, p in self.parameters() if p.grad is not None}
+        self.check_unchanged()
+        if not grads and grad_norm_sq is None:
+            raise RuntimeError(
+                "no statistics: the gradients were cleared after backward(); read the statistics "
+                "before zero_grad()"
+            )
         if grad_norm_sq is None:
             grad_norm_sq = self.ranks.norm_sq(list(grads.values())) * gradient_scale**2
         probes = [probe for probe, _ in self._micro_batches]
@@ -270,13 +276,27 @@ class Observer(Recorder):
         )
 
     def _layers_with_grad(self) -> dict[str, nn.Parameter]:
-        """By the layer's name one of its parameters, where any has a gradient."""
-        return {
-            layer.observed_name: p
-            for layer in self._layers
-            for p in layer.trainable().values()
-            if p.grad is not None
-        }
+        """By the layer's name one of its parameters, where any has a gradient.
+
+        Raises:
+            RuntimeError: a parameter with a gradient that belongs to no observed layer.
+        """
+        known, found = set(), {}
+        for layer in self._layers:
+            for p in layer.trainable().values():
+                known.add(p)
+                if p.grad is not None:
+                    found[layer.observed_name] = p
+        if not self.partial:
+            for p in parameters_with_grad(self.model):
+                if p not in known:
+                    name = next(name for name, q in self.model.named_parameters() if q is p)
+                    raise RuntimeError(
+                        f"parameter {name!r} has a gradient, but no layer that is observed: it was "
+                        "added, replaced or unfrozen after the optimizer (or observer) was made. "
+                        "detach() that one and make a new one for the model as it is now"
+                    )
+        return found
 
     def _measured_layers(self) -> set[str]:
         return self._seen | {layer.observed_name for layer in self._tied}

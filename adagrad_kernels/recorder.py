@@ -71,20 +71,23 @@ class Recorder:
         self.probe = torch.empty(0)
         self._make_probe(1024, next(iter(names)).device)
         self._coordinate_probes: dict[nn.Parameter, Tensor] = {}
-        self._calling: Counter[int] = Counter()
+        self._calling: Counter[int] = Counter()  # eager calls by key, since the last backward pass
+        self._pending: Counter[int] = Counter()  # those whose backward pass is still to come
         self._calls: list[ObservedCall] = []
         self._unexplained = True
         self._to_explain: tuple[list[ObservedCall], Tensor] | None = None
         self._had_grads = False
         self.updater: Updater | None = None
         self._task = -1  # the backward pass that _calls belong to
+        self._collected_task = -1
+        self._noted: tuple[weakref.ref[Tensor], int] | None = None  # a gradient and its version
+        self._suspicion = ""  # what is wrong with the present backward pass, if it accumulates
         self._forget()
 
     def _forget(self) -> None:
         self._micro_batches: list[tuple[Tensor, int | None]] = []
         self._kept_calls: list[list[ObservedCall]] = []  # of each micro-batch
         self._faults: list[str] = []
-        self._noted: tuple[weakref.ref[Tensor], int] | None = None
         self._seen: set[str] = set()
         self._last_seen: set[str] = set()
         self._told_calls = 0
@@ -130,14 +133,18 @@ class Recorder:
         """Told by each eager layer call in the forward pass."""
         if torch._C._current_graph_task_id() == -1:  # a checkpoint's second forward is no new call
             self._calling[call.key] += 1
+            self._pending[call.key] += 1
             if self._unexplained:
                 self._had_grads |= any(p.grad is not None for p in self._names)
+        elif not self._pending[call.key]:  # of a reentrant checkpoint, whose first had no graph
+            self._pending[call.key] = 1
 
     def called(self, layer: ObservedLayer, call: Call, saved: tuple[Tensor, ...]) -> None:
         """Told by each layer call's backward pass, unless a compiled graph does not tell."""
         task = torch._C._current_graph_task_id()
         if task != self._task:  # what is left is of a pass without the probe: autograd.grad's
             self._task, self._calls = task, []
+            self._suspicion = self._gradient_fault()
         if self.updater is not None:
             self.updater.called(saved[0].shape[0])
         if self._unexplained and not self._calling[call.key]:  # by a graph, not in forward either
@@ -155,10 +162,18 @@ class Recorder:
         assert probe.grad is not None
         rows = backward_rows.noted()
         calls = self._calls
+        task = torch._C._current_graph_task_id()
+        if task == self._collected_task:
+            self._faults.append(_PROBE_CHANGED)
+        self._collected_task = task
+        if self._suspicion:
+            self._faults.append(self._suspicion)
+            self._suspicion = ""
         if calls:
             rows = calls[0].samples
             self._to_explain = None  # the gradients are no longer those of one pass
             names = {call.layer.observed_name for call in calls}
+            self._settle(calls)
             if self._last_seen and not names & self._last_seen:
                 self._faults.append(_disjoint(self._last_seen, names))
             if any(call.samples != rows for call in calls):
@@ -179,12 +194,48 @@ class Recorder:
         self._micro_batches.append((probe.grad, rows))
         probe.grad = None
         if self.ranks.size == 1:  # otherwise they are still to be averaged
-            torch.autograd.Variable._execution_engine.queue_callback(self._note_gradient)
+            note = functools.partial(self._note_gradient, [call.layer for call in calls])
+            torch.autograd.Variable._execution_engine.queue_callback(note)
 
-    def _note_gradient(self) -> None:
-        """At the end of a backward pass: which version one of the gradients has."""
-        grad = next((p.grad for p in self._names if p.grad is not None), None)
+    def _settle(self, calls: list[ObservedCall]) -> None:
+        """That each of the calls was made in a forward pass of its own."""
+        repeated = None
+        for call in calls:
+            if call.call.compiled:
+                continue
+            if self._pending[call.call.key]:
+                self._pending[call.call.key] -= 1
+            else:
+                repeated = call
+        if repeated is not None:
+            self._faults.append(_repeated(repeated.layer.observed_name))
+
+    def _note_gradient(self, layers: list[ObservedLayer]) -> None:
+        """At the end of a backward pass: which version one of the gradients has.
+
+        One that the coming passes add to after the first call of these layers has told of itself.
+        """
+        measured = (p for layer in layers for p in cast(nn.Module, layer).parameters())
+        grad = next((p.grad for p in measured if p.requires_grad and p.grad is not None), None)
         self._noted = None if grad is None else (weakref.ref(grad), grad._version)
+
+    def accept_changes(self) -> None:
+        """The gradients have been written to since the backward pass, as they may be."""
+        self._noted = None
+
+    def _gradient_fault(self) -> str:
+        """Before a backward pass accumulates: whether the gradients are those it may add to.
+
+        Looks at one of them, on one process, where a call of an eager layer tells in time.
+        """
+        if self._noted is None:
+            return ""
+        grad, version = self._noted[0](), self._noted[1]
+        kept = grad is not None and grad._version == version
+        kept = kept and any(p.grad is grad for p in self._names)
+        if kept == bool(self._micro_batches):
+            return ""
+        return _NOT_ZEROED if kept else _CLEARED
 
     def _explain_when_complete(self, calls: list[ObservedCall], sum_norms_sq: Tensor) -> None:
         """Has the first backward pass checked when all gradients are complete.
@@ -255,11 +306,35 @@ class Recorder:
             probe.grad = None
 
 
+_NOT_ZEROED = (
+    "the gradients still hold what was measured before the last reset(): call zero_grad() after each "
+    "step, together with the observer's reset()"
+)
+_CLEARED = (
+    "the gradients of the last backward pass were cleared or changed, but its samples are still "
+    "counted: to leave a batch out, or to clear the gradients between steps, call zero_grad() of the "
+    "optimizer that measures them, not of the model (of an observer by itself: reset(), too)"
+)
+_PROBE_CHANGED = (
+    "the layers disagree about the number of samples, or lie on several devices, so that one "
+    "backward pass was measured in parts: dimension 0 of every layer's input must count the samples "
+    "(expand what is shared: positions.expand(samples, -1)), on one device"
+)
+
+
+def _repeated(name: str) -> str:
+    return (
+        f"layer {name!r} took part in more backward passes than forward passes, so that its samples "
+        "would count twice: run backward() once for each forward pass, for the sum of the losses"
+    )
+
+
 def _disagreement(calls: list[ObservedCall]) -> str:
     sizes = ", ".join(f"{call.layer.observed_name!r} {call.samples}" for call in calls)
     return (
         f"the layers disagree about the number of samples ({sizes}): dimension 0 of every "
-        "layer's input must count the samples, with nothing folded into it"
+        "layer's input must count the samples, with nothing folded into it (x.unflatten) and "
+        "nothing shared by all of them (positions.expand(samples, -1))"
     )
 
 

@@ -11,6 +11,7 @@ over them: the sums agree before G was averaged and after it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,16 @@ def check_bounded(batch_size: int, sum_norms_sq: float, mean_norm_sq: float) -> 
             "elsewhere than the layers' forward (weight penalties go into weight_decay), or was "
             "scaled after the backward pass"
         )
+
+
+def parameters_with_grad(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The module's trainable parameters with a gradient, some twice; faster than `parameters()`."""
+    for p in module._parameters.values():
+        if p is not None and p.requires_grad and p.grad is not None:
+            yield p
+    for child in module._modules.values():
+        if child is not None:
+            yield from parameters_with_grad(child)
 
 
 def _over_ranks(

@@ -225,7 +225,7 @@ def test_a_weight_that_became_computed_is_noticed(device: torch.device) -> None:
     observer = ak.observe(model)
     x = torch.randn(4, 3, device=device)
     loss(model(x)).backward()
-    observer.statistics(), observer.reset()
+    observer.statistics(), observer.reset(), model.zero_grad()
     torch.nn.utils.prune.random_unstructured(model[0], "weight", amount=0.5)
     loss(model(x)).backward()
     with pytest.raises(RuntimeError, match="layer '0': weight is no parameter any more"):

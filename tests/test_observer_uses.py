@@ -129,12 +129,72 @@ def test_a_stale_gradient_is_not_taken_for_measured(device: torch.device) -> Non
     model[0](x).mean().backward()
     observer.reset()
     model[1](x).mean().backward()
-    with pytest.raises(RuntimeError, match=r"'0.weight'|'0.bias'"):
+    with pytest.raises(RuntimeError, match="the gradients still hold what was measured before"):
         observer.statistics()
     model.zero_grad()
     observer.reset()
     model[1](x).mean().backward()
     assert observer.statistics().batch_size == 4
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_reset_and_zero_grad_belong_together(device: torch.device, set_to_none: bool) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model)
+    train_on(model, squares, x, y)
+    observer.reset()
+    train_on(model, squares, x, y)  # without zero_grad()
+    with pytest.raises(RuntimeError, match="the gradients still hold"):
+        observer.statistics()
+    observer.reset()
+    model.zero_grad(set_to_none)
+    train_on(model, squares, x, y)
+    observer.statistics()
+    model.zero_grad(set_to_none)
+    with pytest.raises(RuntimeError, match="the gradients were (cleared|changed)"):
+        observer.statistics()
+    train_on(model, squares, x, y)  # without reset()
+    with pytest.raises(RuntimeError, match="its samples are still counted"):
+        observer.statistics()
+    observer.reset()
+    model.zero_grad(set_to_none)
+    train_on(model, squares, x, y)
+    assert_statistics(observer.statistics(), model, squares, x, y)
+
+
+def test_a_gradient_for_the_input_alone_says_nothing_of_the_parameters(
+    device: torch.device,
+) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model)
+    train_on(model, squares, x, y)
+    observer.reset()
+    z = x.clone().requires_grad_()
+    torch.autograd.grad(squares(model(z), y), z)  # before the gradients are cleared
+    model.zero_grad()
+    train_on(model, squares, x, y)
+    assert_statistics(observer.statistics(), model, squares, x, y)
+
+
+def test_a_batch_is_left_out_by_the_optimizers_zero_grad(device: torch.device) -> None:
+    model, x, y = small(device)
+    opt = ak.AdAdaGrad(model, 0.1, batch_size=len(x), max_batch_size=len(x))
+    train_on(model, squares, x, y)
+    opt.zero_grad()
+    train_on(model, squares, x, y)
+    opt.step(), opt.zero_grad()
+    assert (opt.samples, opt.statistics.batch_size) == (len(x), len(x))
+    train_on(model, squares, x, y)
+    model.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    train_on(model, squares, x, y)
+    with pytest.raises(RuntimeError, match=r"call zero_grad\(\) of the optimizer"):
+        opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    opt.zero_grad()
+    train_on(model, squares, x, y)
+    opt.step()
+    assert opt.samples == 2 * len(x)
 
 
 def test_reentrant_checkpointing_of_segments_is_refused(device: torch.device) -> None:
@@ -173,12 +233,19 @@ def test_second_derivatives_are_refused(device: torch.device) -> None:
 
 
 def test_backward_twice_through_one_forward(device: torch.device) -> None:
-    """retain_graph and a second backward pass: two passes of the same samples, 2N contributions."""
+    """Two passes of the same samples would count them twice."""
     model, x, y = small(device)
     observer = ak.observe(model)
-    loss = squares(model(x), y)
-    loss.backward(retain_graph=True)
-    loss.backward()
+    out = model(x)
+    squares(out, y).backward(retain_graph=True)
+    observer.check()
+    squares(out, 2 * y).backward()
+    with pytest.raises(RuntimeError, match="in more backward passes than forward passes"):
+        observer.statistics()
+    observer.reset()
+    model.zero_grad()
+    first, second = model(x), model(x)  # two forward passes first
+    squares(first, y).backward(), squares(second, y).backward()
     s = observer.statistics(gradient_scale=0.5)
     assert_statistics(s, model, squares, torch.cat([x, x]), torch.cat([y, y]))
 

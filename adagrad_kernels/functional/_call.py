@@ -41,11 +41,13 @@ class Call(NamedTuple):
         key: from `listen`, 0 for nobody.
         counts: whether row 1 of the probe counts this call (one of a layer's calls should).
         context: what the layer needs beside the operands to compute this call's output again.
+        compiled: whether its backward pass is part of a compiled graph.
     """
 
     key: int = 0
     counts: bool = True
     context: object = None
+    compiled: bool = False
 
 
 NOBODY = Call()
@@ -92,7 +94,7 @@ def _tell_from_graph(grad_probe: Tensor, key: int, counts: bool, saved: Sequence
 
     The listener gets copies: the compiler reuses the memory of what the graph needs no longer.
     """
-    _tell(Call(key, counts), [t.clone() for t in saved])
+    _tell(Call(key, counts, compiled=True), [t.clone() for t in saved])
     return grad_probe.clone()
 
 

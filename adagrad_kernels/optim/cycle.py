@@ -162,8 +162,11 @@ class BatchCycle:
         try:
             self._count_loss(loss, observer.micro_batches - self._counted)
             observer.check()
-            if loss_scale is None and isinstance(observer, Observer):  # a GradScaler writes to them
-                observer.check_unchanged()
+            if isinstance(observer, Observer):
+                if loss_scale is None:
+                    observer.check_unchanged()
+                else:
+                    observer.accept_changes()  # a GradScaler writes to the gradients
             rows = observer.rows()
             if rows[-1] != rows[0]:
                 raise RuntimeError(
