@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Protocol, cast
 
@@ -126,7 +127,9 @@ class AdaptiveDataLoader:
         self._stream = SampleStream(length, controller, shuffle, seed, rank, weights)
         self._end = 0  # samples at the end of the epoch that is being served
         self._fetch = _Fetch(dataset, collate_fn)
-        self._pin_memory = pin_memory
+        if pin_memory and not torch.accelerator.is_available() and not num_workers:
+            warnings.warn("pin_memory=True, but there is no accelerator: ignored", stacklevel=2)
+        self._pin_memory = pin_memory and torch.accelerator.is_available()
         self._told = False
         self._workers: DataLoader[Any] | None = None
         if num_workers:

@@ -308,7 +308,7 @@ class Observer(Recorder):
         measured = self._measured_layers()
         missing = [name for name in with_grad if name not in measured]
         untold_calls = most - self._told_calls  # of compiled graphs
-        if len(missing) > untold_calls:
+        if missing and len(missing) > untold_calls:
             names = ", ".join(repr(self._names[with_grad[name]]) for name in missing)
             raise RuntimeError(
                 f"parameters got a gradient but no statistics: among {names}. They were used "

@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import backward_rows
+from . import backward_rows, faults
 from .distributed import Ranks
 from .functional import Call
 from .layers import ObservedLayer
@@ -81,6 +81,7 @@ class Recorder:
         self._task = -1  # the backward pass that _calls belong to
         self._collected_task = -1
         self._noted: tuple[weakref.ref[Tensor], int] | None = None  # a gradient and its version
+        self._noted_in_time = False
         self._suspicion = ""  # what is wrong with the present backward pass, if it accumulates
         self._forget()
 
@@ -144,7 +145,7 @@ class Recorder:
         task = torch._C._current_graph_task_id()
         if task != self._task:  # what is left is of a pass without the probe: autograd.grad's
             self._task, self._calls = task, []
-            self._suspicion = self._gradient_fault()
+            self._suspicion = self._gradient_fault(in_time=True)
         if self.updater is not None:
             self.updater.called(saved[0].shape[0])
         if self._unexplained and not self._calling[call.key]:  # by a graph, not in forward either
@@ -164,20 +165,26 @@ class Recorder:
         calls = self._calls
         task = torch._C._current_graph_task_id()
         if task == self._collected_task:
-            self._faults.append(_PROBE_CHANGED)
+            self._faults.append(faults.PROBE_CHANGED)
         self._collected_task = task
-        if self._suspicion:
-            self._faults.append(self._suspicion)
-            self._suspicion = ""
+        fault = self._suspicion if calls else self._gradient_fault(in_time=False)
+        if fault:
+            self._faults.append(fault)
         if calls:
             rows = calls[0].samples
             self._to_explain = None  # the gradients are no longer those of one pass
             names = {call.layer.observed_name for call in calls}
             self._settle(calls)
             if self._last_seen and not names & self._last_seen:
-                self._faults.append(_disjoint(self._last_seen, names))
+                self._faults.append(faults.disjoint(self._last_seen, names))
+            if rows == 0:
+                self._faults.append(faults.EMPTY)
             if any(call.samples != rows for call in calls):
-                self._faults.append(_disagreement(calls))
+                self._faults.append(
+                    faults.disagreement(
+                        [(call.layer.observed_name, call.samples) for call in calls]
+                    )
+                )
             elif len({call.call.key for call in calls}) < len(calls) or self._tied:
                 self._add_cross_terms(probe.grad, calls, rows)
             self._told_calls = max(self._told_calls, sum(call.call.counts for call in calls))
@@ -208,34 +215,41 @@ class Recorder:
             else:
                 repeated = call
         if repeated is not None:
-            self._faults.append(_repeated(repeated.layer.observed_name))
+            self._faults.append(faults.repeated(repeated.layer.observed_name))
 
     def _note_gradient(self, layers: list[ObservedLayer]) -> None:
         """At the end of a backward pass: which version one of the gradients has.
 
-        One that the coming passes add to after the first call of these layers has told of itself.
+        One that the coming passes add to after the first call of these layers has told of itself;
+        without layers, as of a compiled model, any.
         """
-        measured = (p for layer in layers for p in cast(nn.Module, layer).parameters())
-        grad = next((p.grad for p in measured if p.requires_grad and p.grad is not None), None)
+        measured = [p for layer in layers for p in cast(nn.Module, layer).parameters()]
+        found = measured or self._names
+        grad = next((p.grad for p in found if p.requires_grad and p.grad is not None), None)
         self._noted = None if grad is None else (weakref.ref(grad), grad._version)
+        self._noted_in_time = bool(measured)
 
     def accept_changes(self) -> None:
         """The gradients have been written to since the backward pass, as they may be."""
         self._noted = None
 
-    def _gradient_fault(self) -> str:
-        """Before a backward pass accumulates: whether the gradients are those it may add to.
+    def _gradient_fault(self, in_time: bool) -> str:
+        """Whether the gradients are those that this backward pass may add to.
 
-        Looks at one of them, on one process, where a call of an eager layer tells in time.
+        Looks at one of them, on one process.
+
+        Args:
+            in_time: called before it is added to.
         """
         if self._noted is None:
             return ""
         grad, version = self._noted[0](), self._noted[1]
-        kept = grad is not None and grad._version == version
-        kept = kept and any(p.grad is grad for p in self._names)
-        if kept == bool(self._micro_batches):
-            return ""
-        return _NOT_ZEROED if kept else _CLEARED
+        in_time = in_time and self._noted_in_time
+        kept = grad is not None and any(p.grad is grad for p in self._names)
+        kept = kept and (not in_time or grad._version == version)  # type: ignore[union-attr]
+        if kept and not self._micro_batches:
+            return faults.NOT_ZEROED if in_time else ""
+        return faults.CLEARED if self._micro_batches and not kept else ""
 
     def _explain_when_complete(self, calls: list[ObservedCall], sum_norms_sq: Tensor) -> None:
         """Has the first backward pass checked when all gradients are complete.
@@ -257,7 +271,7 @@ class Recorder:
     def _add_cross_terms(self, grad: Tensor, calls: list[ObservedCall], rows: int) -> None:
         for parameter, uses in repeated_uses(calls).items():
             if not all(use.by.saved for use in uses):
-                self._faults.append(_unexpected(uses[0].by.layer.observed_name))
+                self._faults.append(faults.unexpected(uses[0].by.layer.observed_name))
                 return
             with torch.no_grad():
                 norms, sums = cross_terms(parameter, uses, self.coordinates)
@@ -304,55 +318,3 @@ class Recorder:
         self._forget()
         for probe in self._coordinate_probes.values():
             probe.grad = None
-
-
-_NOT_ZEROED = (
-    "the gradients still hold what was measured before the last reset(): call zero_grad() after each "
-    "step, together with the observer's reset()"
-)
-_CLEARED = (
-    "the gradients of the last backward pass were cleared or changed, but its samples are still "
-    "counted: to leave a batch out, or to clear the gradients between steps, call zero_grad() of the "
-    "optimizer that measures them, not of the model (of an observer by itself: reset(), too)"
-)
-_PROBE_CHANGED = (
-    "the layers disagree about the number of samples, or lie on several devices, so that one "
-    "backward pass was measured in parts: dimension 0 of every layer's input must count the samples "
-    "(expand what is shared: positions.expand(samples, -1)), on one device"
-)
-
-
-def _repeated(name: str) -> str:
-    return (
-        f"layer {name!r} took part in more backward passes than forward passes, so that its samples "
-        "would count twice: run backward() once for each forward pass, for the sum of the losses"
-    )
-
-
-def _disagreement(calls: list[ObservedCall]) -> str:
-    sizes = ", ".join(f"{call.layer.observed_name!r} {call.samples}" for call in calls)
-    return (
-        f"the layers disagree about the number of samples ({sizes}): dimension 0 of every "
-        "layer's input must count the samples, with nothing folded into it (x.unflatten) and "
-        "nothing shared by all of them (positions.expand(samples, -1))"
-    )
-
-
-def _disjoint(before: set[str], now: set[str]) -> str:
-    return (
-        f"one backward pass reached the layers {_some(before)}, the next {_some(now)}, none of "
-        "them the same: these are not micro-batches of one model. With torch.utils.checkpoint, "
-        "use use_reentrant=False"
-    )
-
-
-def _unexpected(name: str) -> str:
-    return (
-        f"layer {name!r} took part twice in one backward pass but was called once in the forward "
-        "pass: run backward() once for each forward pass"
-    )
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(map(repr, shown)) + (", …" if len(names) > len(shown) else "")

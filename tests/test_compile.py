@@ -239,6 +239,21 @@ def test_untold_calls_cannot_be_told_apart(
         observer.statistics()
 
 
+def test_gradients_cleared_between_compiled_passes(device: torch.device) -> None:
+    model, x, y = small(device)
+    observer = ak.observe(model)
+    compiled = compile_model(model)
+    for _ in range(2):  # rightly
+        squares(compiled(x), y).backward()
+        observer.statistics()
+        observer.reset(), model.zero_grad()
+    squares(compiled(x), y).backward()
+    model.zero_grad()
+    squares(compiled(x), y).backward()
+    with pytest.raises(RuntimeError, match="its samples are still counted"):
+        observer.statistics()
+
+
 def test_compiled_and_eager_micro_batches(device: torch.device) -> None:
     model, x, y = small(device)
     observer = ak.observe(model)

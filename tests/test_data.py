@@ -354,3 +354,23 @@ def test_a_batch_larger_than_the_dataset_is_told_once(caplog: pytest.LogCaptureF
     grow(controller, 16)
     list(loader), list(loader)
     assert caplog.text.count("the batch size (16) exceeds the dataset's 10 samples") == 1
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pinned_memory_without_an_accelerator(num_workers: int) -> None:
+    """As torch's loader: a warning."""
+    loader = AdaptiveDataLoader(
+        TensorDataset(torch.arange(16)), BatchSizeController(8, 8), num_workers=num_workers
+    )
+    with pytest.warns(UserWarning, match="accelerator"):
+        found = pinned_sizes(num_workers)
+    assert found == [len(x) for (x,) in loader] == [8, 8]
+
+
+def pinned_sizes(num_workers: int) -> list[int]:
+    loader = AdaptiveDataLoader(
+        TensorDataset(torch.arange(16)), BatchSizeController(8, 8), pin_memory=True,
+        num_workers=num_workers,
+    )  # fmt: skip
+    return [len(x) for (x,) in loader]

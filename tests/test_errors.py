@@ -1,6 +1,8 @@
 """Every wrong use of the optimizers: a clear error before anything has changed, or what is said."""
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -339,3 +341,68 @@ def test_autograd_grad_in_between_is_not_counted(make: Make) -> None:
         opt.step()
         opt.zero_grad()
     assert opt.samples == 24
+
+
+def replaced(model: nn.Sequential) -> None:
+    model[2] = nn.Linear(4, 2).double()
+
+
+def extended(model: nn.Sequential) -> None:
+    model.append(nn.Linear(2, 2).double())
+
+
+def unfrozen(model: nn.Sequential) -> None:
+    model[3].requires_grad_(True)
+
+
+@all_optimizers
+@pytest.mark.parametrize(
+    ("change", "name"), [(replaced, r"2\.weight"), (extended, r"4\.weight"), (unfrozen, "3.weight")]
+)
+def test_parameters_that_no_layer_measures(
+    make: Make, change: Callable[[nn.Sequential], None], name: str
+) -> None:
+    """They came after the optimizer, or their layer was frozen while it could not be observed."""
+    model = network().append(nn.Bilinear(2, 2, 2).double())
+    model[3].forward = lambda x: nn.Bilinear.forward(model[3], x, x)
+    model[3].requires_grad_(False)
+    opt = make(model, batch_size=8, max_batch_size=8)
+    train(model, opt, batches(1, 8))
+    change(model)
+    if isinstance(opt, ak.AdaptiveBatch):
+        opt.optimizer.add_param_group({"params": list(model[-1].parameters())})
+    mse(model, batches(1, 8)[0]).backward()
+    with pytest.raises(
+        RuntimeError, match=name + "' has a gradient, but no layer that is observed"
+    ):
+        opt.step()
+
+
+def test_layers_that_disagree_about_more_samples_than_the_probe_has(device: torch.device) -> None:
+    """The probe is exchanged in the middle of the forward pass."""
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]).to(device)
+    observer = ak.observe(model)
+    for _ in range(2):  # the first pass is checked more closely
+        model.zero_grad(), observer.reset()
+        few, many = torch.randn(8, 3, device=device), torch.randn(1500, 3, device=device)
+        (model[0](few).sum() + model[1](many).sum()).backward()
+        observer.probe_for(few[:1])
+        observer._make_probe(1024, device)
+    with pytest.raises(RuntimeError, match="disagree about the number of samples"):
+        observer.statistics()
+
+
+def test_a_micro_batch_without_samples(device: torch.device) -> None:
+    model = network().to(device)
+    observer = ak.observe(model)
+    model(torch.empty(0, 5, dtype=torch.float64, device=device)).sum().backward()
+    with pytest.raises(RuntimeError, match="a micro-batch without samples"):
+        observer.statistics()
+
+
+@all_optimizers
+def test_optimizers_are_not_copied(make: Make) -> None:
+    opt = make(network())
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="make an optimizer for the copy"):
+            copied(opt)

@@ -151,7 +151,7 @@ def test_reset_and_zero_grad_belong_together(device: torch.device, set_to_none: 
     train_on(model, squares, x, y)
     observer.statistics()
     model.zero_grad(set_to_none)
-    with pytest.raises(RuntimeError, match="the gradients were (cleared|changed)"):
+    with pytest.raises(RuntimeError, match=r"the gradients were (cleared|changed)"):
         observer.statistics()
     train_on(model, squares, x, y)  # without reset()
     with pytest.raises(RuntimeError, match="its samples are still counted"):

@@ -1,6 +1,8 @@
-"""What every optimizer here shows of its batch cycle."""
+"""What every optimizer here forwards from its batch cycle."""
 
 from __future__ import annotations
+
+from typing import Any, NoReturn
 
 from ..batch_size import BatchSizeController
 from ..criteria import Decision
@@ -11,7 +13,7 @@ from .cycle import BatchCycle, LossScale
 
 
 class Cycled:
-    """What the optimizers show of their cycle."""
+    """What the optimizers forward from their cycle."""
 
     cycle: BatchCycle
     _step_supports_amp_scaling = True  # a GradScaler leaves unscaling and skipping to step()
@@ -28,6 +30,17 @@ class Cycled:
                 "the samples' gradients were measured with. Leave it to scaler.step()"
             )
         return scale, found_inf
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Copies and pickles would belong to no model.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: it belongs to a model's layers. "
+            "Copy the model, make an optimizer for the copy, and load_state_dict(opt.state_dict())"
+        )
 
     @property
     def batch_size(self) -> int:

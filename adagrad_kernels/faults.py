@@ -1,0 +1,62 @@
+"""What can be wrong with the backward passes of an observed model, in words, with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EMPTY = "a micro-batch without samples has no gradient: leave it out"
+NOT_ZEROED = (
+    "the gradients still hold what was measured before the last reset(): call zero_grad() after "
+    "each step, together with the observer's reset()"
+)
+CLEARED = (
+    "the gradients of the last backward pass were cleared or changed, but its samples are still "
+    "counted: to leave a batch out, or to clear the gradients between steps, call zero_grad() of "
+    "the optimizer that measures them, not of the model (of an observer by itself: reset(), too)"
+)
+PROBE_CHANGED = (
+    "the layers disagree about the number of samples, or lie on several devices, so that one "
+    "backward pass was measured in parts: dimension 0 of every layer's input must count the "
+    "samples (expand what is shared: positions.expand(samples, -1)), on one device"
+)
+
+
+def repeated(layer: str) -> str:
+    """More backward passes through a layer than forward passes."""
+    return (
+        f"layer {layer!r} took part in more backward passes than forward passes, so that its "
+        "samples would count twice: run backward() once for each forward pass, for the sum of the "
+        "losses"
+    )
+
+
+def unexpected(layer: str) -> str:
+    """A layer that took part twice in one backward pass, after one call in the forward pass."""
+    return (
+        f"layer {layer!r} took part twice in one backward pass but was called once in the forward "
+        "pass: run backward() once for each forward pass"
+    )
+
+
+def disagreement(calls: Sequence[tuple[str, int]]) -> str:
+    """Layers, by name, that were called with different numbers of samples."""
+    sizes = ", ".join(f"{name!r} {samples}" for name, samples in calls)
+    return (
+        f"the layers disagree about the number of samples ({sizes}): dimension 0 of every "
+        "layer's input must count the samples, with nothing folded into it (x.unflatten) and "
+        "nothing shared by all of them (positions.expand(samples, -1))"
+    )
+
+
+def disjoint(before: set[str], now: set[str]) -> str:
+    """Two backward passes through different layers."""
+    return (
+        f"one backward pass reached the layers {_some(before)}, the next {_some(now)}, none of "
+        "them the same: these are not micro-batches of one model. With torch.utils.checkpoint, "
+        "use use_reentrant=False"
+    )
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(map(repr, shown)) + (", …" if len(names) > len(shown) else "")
