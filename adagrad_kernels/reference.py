@@ -174,9 +174,8 @@ def _per_sample(
     """From g [b, G, O, T] and a [b, G, I, T]: sums, squares and norms of g aᵀ, [G, O, I]."""
     b, groups, out_features, _ = g.shape
     shape = (groups, out_features, a.shape[2])
-    empty = g.new_empty(0)
-    grad = g.new_zeros(shape) if weight else empty
-    grad_sq = g.new_zeros(shape) if weight and coordinates else empty
+    grad = g.new_zeros(shape if weight else 0)
+    grad_sq = g.new_zeros(shape if weight and coordinates else 0)
     norms = [g.new_zeros(0)]
     piece = max(1, _PIECE // max(1, grad.numel()))
     for g_part, a_part in zip(g.split(piece), a.split(piece), strict=True) if b else ():
@@ -192,8 +191,8 @@ def _per_sample(
             part = part + g_part.sum(3).square().sum((1, 2))
         norms.append(part)
     sample_bias = g.sum(3).flatten(1)
-    grad_bias = sample_bias.sum(0) if bias else empty
-    bias_sq = sample_bias.square().sum(0) if bias and coordinates else empty
+    grad_bias = sample_bias.sum(0) if bias else g.new_empty(0)
+    bias_sq = sample_bias.square().sum(0) if bias and coordinates else g.new_empty(0)
     return grad, grad_bias, torch.cat(norms), grad_sq, bias_sq
 
 
@@ -375,16 +374,16 @@ def scale_weight_grad(
     x = input.to(g.dtype)
     x = x if mean is None else x - mean
     x = x if rstd is None else x * rstd
-    norms, empty = g.new_zeros(g.shape[0]), g.new_empty(0)
-    grad = grad_sq = grad_bias = bias_sq = empty
+    norms = g.new_zeros(g.shape[0])
+    grad, grad_sq, grad_bias, bias_sq = (g.new_empty(0) for _ in range(4))  # none twice
     if weight:
         sample = (g * x).sum((1, 3))
         grad, norms = sample.sum(0), norms + sample.square().sum(1)
-        grad_sq = sample.square().sum(0) if coordinates else empty
+        grad_sq = sample.square().sum(0) if coordinates else grad_sq
     if bias:
         sample = g.sum((1, 3))
         grad_bias, norms = sample.sum(0), norms + sample.square().sum(1)
-        bias_sq = sample.square().sum(0) if coordinates else empty
+        bias_sq = sample.square().sum(0) if coordinates else bias_sq
     return grad, grad_bias, _probe(norms, capacity), grad_sq, bias_sq
 
 

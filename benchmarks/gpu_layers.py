@@ -56,7 +56,7 @@ def layers(device: torch.device, small: bool) -> Iterator[Layer]:
 
     n = 32 if small else 4096
     for b, t, width, dtype in (
-        (n // 8, 1, n, F32), (n // 8, 1, n, BF16), (8, n // 4, max(16, n // 5), BF16),
+        (n // 8, 1, n, F32), (n // 8, 1, n, BF16), (8, n // 4, n // 16 * 3, BF16),
     ):  # fmt: skip
         g, x = randn(b, t, width, dtype=dtype), randn(b, t, width, dtype=dtype)
         label = f"[{b}, {t}, {width}] × {width} {str(dtype)[6:]}"

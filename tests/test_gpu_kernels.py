@@ -216,7 +216,7 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     root = Path(__file__).parents[1]
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=root, env=env, timeout=150, check=False
+        command, capture_output=True, text=True, cwd=root, env=env, timeout=90, check=False
     )
     output = done.stdout + done.stderr
     if "Device not supported" in output:

@@ -52,7 +52,7 @@ def counted_reads(device: torch.device, patch: pytest.MonkeyPatch) -> Iterator[l
                 yield found
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        found += [str(w.message) for w in caught if "synchronizing" in str(w.message)]
+        found += [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
         return
 
     def counting(name: str) -> Callable[..., Any]:

@@ -73,6 +73,8 @@ def compare(kernel: Callable[..., Any], plain: Callable[..., Any], *arguments: A
     """Asserts that the kernel's results are as close to the truth as plain PyTorch's."""
     plain_arguments = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
     results = kernel(*arguments)
+    # The same tensor twice is no result that an op may have.
+    assert len({t.untyped_storage()._cdata for t in results}) == len(results)
     truths = plain(*double(plain_arguments))
     plains = plain(*plain_arguments)
     for k, (result, truth, expected) in enumerate(zip(results, truths, plains, strict=True)):
@@ -155,12 +157,16 @@ CONV: list[tuple[Any, ...]] = [
     ((2, 3, 5, 6, 7), 4, (2, 3, 2), (1, 2, 1), (1, 1, 0), (2, 1, 1), 1, torch.contiguous_format),
     ((2, 3, 5, 6, 7), 4, (2, 3, 2), (1, 2, 1), (1, 1, 0), (2, 1, 1), 1, LAST3),
     ((9, 40, 4, 4), 70, (3, 3), (1, 1), (1, 1), (1, 1), 1, LAST2),
+    # tiles within one kernel element
+    ((2, 64, 5, 4), 20, (3, 2), (1, 2), (1, 0), (1, 1), 1, LAST2),
+    ((2, 256, 4, 3), 140, (2, 2), (1, 1), (0, 1), (2, 1), 2, LAST2),
+    ((2, 64, 2, 3, 3), 5, (2, 1, 2), (1, 1, 1), (1, 0, 0), (1, 1, 1), 1, LAST3),
 ]
 
 
 @pytest.mark.parametrize(("case", "dtype", "coordinates"), [
     *itertools.product(CONV, [F32], [True]),
-    (CONV[0], F32, False), (CONV[1], BF16, True), (CONV[2], F16, False),
+    (CONV[0], F32, False), (CONV[1], BF16, True), (CONV[2], F16, False), (CONV[7], BF16, False),
 ])  # fmt: skip
 def test_conv(case: tuple[Any, ...], dtype: torch.dtype, coordinates: bool) -> None:
     shape, rows, size, stride, padding, dilation, groups, memory_format = case
@@ -247,6 +253,7 @@ def test_embedding(
         ((3, 1, 20, 600), (3, 1, 20, 1)),  # GroupNorm, more than one chunk
         ((2, 1, 5, 9), (1, 1, 5, 1)),  # BatchNorm
         ((2, 530, 3, 1), None),  # no mean
+        ((3, 5, 6, 1), (3, 5, 6, 1)),  # statistics of each element
     ],
 )
 def test_scale(

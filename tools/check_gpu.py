@@ -14,6 +14,8 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,14 +66,17 @@ class Check:
     def run(self, command: Sequence[str | Path], limit: float, log: Path | None = None) -> str:
         """Runs python with these arguments; returns what went wrong, or ""."""
         with log.open("w") if log else contextlib.nullcontext() as file:
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, env=self.environment, stdout=file,
+                stderr=subprocess.STDOUT if file else None, start_new_session=True,
+            )  # fmt: skip
             try:
-                done = subprocess.run(
-                    [sys.executable, *command], cwd=ROOT, env=self.environment, timeout=limit,
-                    check=False, stdout=file, stderr=subprocess.STDOUT if file else None,
-                )  # fmt: skip
+                status = process.wait(limit)
             except subprocess.TimeoutExpired:
                 return f"stopped after {limit:.0f} s"
-        return f"exit status {done.returncode}" if done.returncode else ""
+            finally:
+                stop(process)
+        return f"exit status {status}" if status else ""
 
     def tests(self) -> None:
         """Runs the tests marked `gpu`, and records their numbers by file."""
@@ -98,6 +103,15 @@ class Check:
         print(f"== tests: {time.monotonic() - started:.0f} s", flush=True)
         if not files:
             self.failed.append("tests: none were found")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and what it started, which must not run on beside measurements."""
+    # Interrupted, pytest still writes its report.
+    for sign in (signal.SIGINT, signal.SIGKILL) if process.poll() is None else (signal.SIGKILL,):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, sign)
+            process.wait(8)
 
 
 def gpu_test_files(environment: dict[str, str]) -> list[str]:
@@ -136,6 +150,9 @@ def main() -> int:
     if cuda:
         device = torch.cuda.get_device_name()
         major, minor = torch.cuda.get_device_capability()
+        nvcc = Path("/usr/local/cuda/bin/nvcc")
+        if shutil.which("nvcc") is None and "CUDA_HOME" not in environment and nvcc.exists():
+            environment["CUDA_HOME"] = str(nvcc.parents[1])
         environment |= {"ADAGRAD_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     date = datetime.now(timezone.utc)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -40,8 +40,9 @@ def variance_block(b_g, b_c, b_root, of_sums, of_square):
     b_gg = b_g * b_g
     b_var = of_sums * b_c - of_square * b_gg
     b_var = tl.where(b_var > 0, b_var, 0.0)
-    b_ratio = tl.div_rn(b_var, tl.where(b_var > 0, b_gg, 1.0))
-    return b_var, b_ratio, tl.div_rn(b_var, b_root), tl.div_rn(b_gg, b_root)
+    b_ratio = b_var / tl.where(b_var > 0, b_gg, 1.0)  # of two roundings: these are only added
+    b_inverse = 1.0 / b_root
+    return b_var, b_ratio, b_var * b_inverse, b_gg * b_inverse
 
 
 @triton.jit

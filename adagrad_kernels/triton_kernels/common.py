@@ -68,6 +68,11 @@ def pool_norms_kernel(
     tl.store(p_probe + capacity + o_i, tl.where(m_i, 1.0, 0.0), mask=o_i < capacity)
 
 
+def nothing(like: Tensor, count: int) -> list[Tensor]:
+    """So many results [0] that are not wanted; no two are one tensor, which ops may not return."""
+    return [torch.empty(0, dtype=torch.float32, device=like.device) for _ in range(count)]
+
+
 def interpreting() -> bool:
     """Whether kernels run in the interpreter."""
     return knobs.runtime.interpret
@@ -91,7 +96,8 @@ def precision(setting: Any) -> str:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; those of an H100 where there is none."""
     if device.type != "cuda":
         return _MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -108,7 +114,7 @@ def choose_splits(device: torch.device, tiles: int, steps: int, output_bytes: in
     """
     if output_bytes == 0:
         return 1
-    wanted = triton.cdiv(2 * _multiprocessors(device), max(1, tiles))
+    wanted = triton.cdiv(2 * multiprocessors(device), max(1, tiles))
     return max(1, min(wanted, steps // 4, _PARTIAL_BYTES // output_bytes, 256))
 
 

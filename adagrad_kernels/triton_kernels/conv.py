@@ -40,7 +40,7 @@ def conv_weight_grad_kernel(
     p_g, p_x, p_sum, p_square, p_partials,
     samples, P, O, C, D, H, W, OH, OW, KD, KH, KW, SD, SH, SW, PD, PH, PW, DD, DH, DW,
     g_i, g_c, g_p, x_i, x_c, x_d, x_h, x_w, split_stride, split_samples, parts,
-    DIMS: tl.constexpr, G_LAST: tl.constexpr, X_LAST: tl.constexpr,
+    DIMS: tl.constexpr, G_LAST: tl.constexpr, X_LAST: tl.constexpr, ONE_K: tl.constexpr,
     NORMS: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,12 @@ def conv_weight_grad_kernel(
     tiles_n = tl.cdiv(R, BN)
     i_m, i_n = i_tile // tiles_n, i_tile % tiles_n
     o_m, o_n, o_k = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
-    o_c, o_kd, o_kh, o_kw = patch_index(o_n, C, KD, KH, KW, X_LAST)
+    if ONE_K:  # the tile's columns are channels, side by side in memory, of one kernel element
+        o_c = tl.multiple_of(i_n * BN % C, BN) + tl.arange(0, BN)
+        k = i_n * BN // C
+        o_kd, o_kh, o_kw = k // (KW * KH), k // KW % KH, k % KW
+    else:
+        o_c, o_kd, o_kh, o_kw = patch_index(o_n, C, KD, KH, KW, X_LAST)
     p_g += i_group.to(tl.int64) * O * g_c
     p_x += i_group.to(tl.int64) * C * x_c
     p_partials += i_group * tl.num_programs(0) + i_tile
@@ -75,7 +80,13 @@ def conv_weight_grad_kernel(
         else:
             m_g = (o_p < P)[None, :] & (o_m < O)[:, None]
             b_g = tl.load(p_gi + o_p[None, :] * g_p + o_m[:, None] * g_c, mask=m_g, other=0.0)
-        if X_LAST:
+        if ONE_K:
+            b_x = patches(
+                p_xi, o_p[:, None], o_c[None, :], o_kd, o_kh, o_kw,
+                D, H, W, OH, OW, x_c, x_d, x_h, x_w,
+                SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS,
+            )  # fmt: skip
+        elif X_LAST:
             b_x = patches(
                 p_xi, o_p[:, None], o_c[None, :], o_kd[None, :], o_kh[None, :], o_kw[None, :],
                 D, H, W, OH, OW, x_c, x_d, x_h, x_w,
@@ -169,7 +180,8 @@ def weight_grad(
     conv_weight_grad_kernel[(tiles, splits, groups)](
         g, x, p_sum, p_square, partials,
         samples, *geometry(g, x, options, groups), split_stride, split_samples, partials.shape[1],
-        DIMS=dims, G_LAST=g.stride(1) == 1, X_LAST=x.stride(1) == 1, NORMS=norms, SQUARES=squares,
+        DIMS=dims, G_LAST=g.stride(1) == 1, X_LAST=x.stride(1) == 1,
+        ONE_K=x.stride(1) == 1 and channels % tile.BN == 0, NORMS=norms, SQUARES=squares,
         PRECISION=conv_precision(),
         **tile._asdict(), **common.OPTIONS,
     )  # fmt: skip
@@ -216,7 +228,7 @@ def conv_weight_grad(
         parts = groups * triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
     bias_parts = column_parts(grad_out.shape[1]) if bias else 0
     partials = torch.empty(samples, parts + bias_parts, dtype=torch.float32, device=g.device)
-    grad = sums = grad_bias = bias_sums = torch.empty(0, dtype=torch.float32, device=g.device)
+    grad, sums, grad_bias, bias_sums = common.nothing(g, 4)
     if bias:
         vectors = torch.sum(g, (2, 3, 4), dtype=torch.float32)
         grad_bias, bias_sums = column_statistics(vectors, coordinates, partials, parts)

@@ -103,10 +103,12 @@ def direct_tile(
 def linear_weight_grad_kernel(
     p_g, p_x, p_sum, p_square, p_partials,
     samples, T, O, I, split_stride, split_samples, parts,
+    UNIT_O: tl.constexpr, UNIT_I: tl.constexpr,
     OUTER: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Σ_i c_i, and with SQUARES Σ_i c_i², of one tile and one split of the samples."""
+    O, I = O * UNIT_O, I * UNIT_I  # so that the compiler knows how rows are aligned
     i_tile, i_s = tl.program_id(0), tl.program_id(1)
     i_m, i_n = tile_index(i_tile, tl.cdiv(O, BM), tl.cdiv(I, BN), 8)
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
@@ -211,6 +213,11 @@ def choose_method(g: Tensor, x: Tensor, coordinates: bool) -> str:
     return method_of(g.shape[1], g.shape[2], x.shape[2], coordinates)
 
 
+def unit(n: int) -> int:
+    """The largest power of 2 up to 16 that divides n."""
+    return min(16, n & -n)
+
+
 def weight_grad(
     g: Tensor, x: Tensor, partials: Tensor, tile: Tile, squares: bool
 ) -> tuple[Tensor, Tensor]:
@@ -227,7 +234,8 @@ def weight_grad(
     p_sum, p_square, split_stride = sums.arguments
     linear_weight_grad_kernel[(tiles, splits)](
         g, x, p_sum, p_square, partials,
-        samples, positions, rows, columns, split_stride, split_samples, partials.shape[1],
+        samples, positions, rows // unit(rows), columns // unit(columns),
+        split_stride, split_samples, partials.shape[1], UNIT_O=unit(rows), UNIT_I=unit(columns),
         OUTER=outer, SQUARES=squares, PRECISION=matmul_precision(),
         **tile._asdict(), **common.OPTIONS,
     )  # fmt: skip
@@ -256,7 +264,7 @@ def linear_weight_grad(
     samples, positions, rows = g.shape
     columns = x.shape[2]
     method = (method or choose_method(g, x, coordinates)) if weight else "none"
-    grad = sums = grad_bias = bias_sums = torch.empty(0, dtype=torch.float32, device=g.device)
+    grad, sums, grad_bias, bias_sums = common.nothing(g, 4)
     tile = tile_for(g, x, coordinates)
     parts = 0
     if method == "direct":

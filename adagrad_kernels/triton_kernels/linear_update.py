@@ -36,6 +36,11 @@ def linear_adagrad_kernel(
     i_tile = tl.program_id(0)
     i_m, i_n = tile_index(i_tile, tl.cdiv(O, BM), tl.cdiv(I, BN), 8)
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    m = (o_m < O)[:, None] & (o_n < I)[None, :]
+    o = o_m[:, None].to(tl.int64) * I + o_n[None, :]
+    # Under way while the tile's gradient is being formed: nothing of it depends on them.
+    b_w = tl.load(p_w + o, mask=m, other=0.0)
+    b_v = tl.load(p_v + o, mask=m, other=1.0)
     if OUTER:
         b_g, b_c = outer_tile(p_g, p_x, o_m, o_n, 0, samples, O, I, SQUARES, PRECISION, BM, BN, BK)
     else:
@@ -43,14 +48,10 @@ def linear_adagrad_kernel(
             p_g, p_x, p_partials + i_tile, o_m, o_n, 0, samples, T, O, I, parts,
             SQUARES, PRECISION, BM, BN, BK,
         )  # fmt: skip
-    m = (o_m < O)[:, None] & (o_n < I)[None, :]
-    o = o_m[:, None].to(tl.int64) * I + o_n[None, :]
     if SQUARES:
         tl.store(p_square + o, b_c, mask=m)
     b_g *= grad_scale
-    b_w = tl.load(p_w + o, mask=m, other=0.0).to(tl.float32)
-    b_v = tl.load(p_v + o, mask=m, other=1.0)
-    b_w, b_v, b_root = adagrad_block(b_w, b_g, b_v, lr, eps, weight_decay, sign)
+    b_w, b_v, b_root = adagrad_block(b_w.to(tl.float32), b_g, b_v, lr, eps, weight_decay, sign)
     tl.store(p_w + o, b_w, mask=m)
     tl.store(p_v + o, b_v, mask=m)
     b_var, b_ratio, b_metric, b_grad = variance_block(b_g, b_c, b_root, of_sums, of_square)
@@ -117,7 +118,7 @@ def linear_adagrad_(
 
     partials, table = empty(samples, parts + bias_parts), empty(tiles, 5)
     squares = empty(rows, columns) if coordinates else empty(0)
-    grad_bias = bias_sums = empty(0)
+    grad_bias, bias_sums = empty(0), empty(0)
     if bias:
         grad_bias, bias_sums = bias_grad(g, coordinates, partials if bias_parts else None, parts)
     linear_adagrad_kernel[(tiles,)](

@@ -58,10 +58,16 @@ def scale_chunk_kernel(
         if WEIGHT:
             b_x = tl.load(p_x + i * x_i + o_t * x_t + o_c * x_c + o_s * x_s, mask=m, other=0.0)
             b_x = b_x.to(tl.float32)
-            if MEAN:
+            if MEAN == 1:  # the same for every channel: one number a position
+                p_m = p_mean + i * m_i + o_t * m_t + o_s * m_s
+                b_x -= tl.load(p_m, mask=o_p < P, other=0.0).to(tl.float32)
+            if MEAN == 2:
                 p_m = p_mean + i * m_i + o_t * m_t + o_c * m_c + o_s * m_s
                 b_x -= tl.load(p_m, mask=m, other=0.0).to(tl.float32)
-            if RSTD:
+            if RSTD == 1:
+                p_r = p_rstd + i * r_i + o_t * r_t + o_s * r_s
+                b_x *= tl.load(p_r, mask=o_p < P, other=0.0).to(tl.float32)
+            if RSTD == 2:
                 p_r = p_rstd + i * r_i + o_t * r_t + o_c * r_c + o_s * r_s
                 b_x *= tl.load(p_r, mask=m, other=0.0).to(tl.float32)
             b_weight += b_g * b_x
@@ -73,23 +79,34 @@ def scale_chunk_kernel(
         tl.store(p_weight + o_out, tl.sum(b_weight, axis=AXIS), mask=m_out)
 
 
+def _kind(t: Tensor | None, expanded: Tensor) -> int:
+    """0 if there is none, 1 if it is the same for every channel, otherwise 2."""
+    return 0 if t is None else 1 if expanded.stride(2) == 0 else 2
+
+
 def chunk_sums(
     g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: bool
 ) -> tuple[Tensor, Tensor]:
     """(Σ_ts g x̂, Σ_ts g) of every sample and channel, [b, C] each."""
     samples, outer, channels, inner = g.shape
     positions = outer * inner
-    chunks = triton.cdiv(positions, CHUNK)
-    made = torch.empty(2, samples, chunks, channels, dtype=torch.float32, device=g.device)
-    expanded = [g if t is None else t.expand(g.shape) for t in (mean, rstd)]
     last = g.stride(2) == 1 and inner == 1
     size = triton.next_power_of_2(channels)
     bp, bc = (8, min(128, size)) if last else (128, min(8, size))
+    chunk = CHUNK  # smaller where there would be too few programs
+    while chunk > 4 * bp and (
+        samples * triton.cdiv(positions, chunk) * triton.cdiv(channels, bc)
+        < 8 * common.multiprocessors(g.device)
+    ):
+        chunk //= 2
+    chunks = triton.cdiv(positions, chunk)
+    made = torch.empty(2, samples, chunks, channels, dtype=torch.float32, device=g.device)
+    expanded = [g if t is None else t.expand(g.shape) for t in (mean, rstd)]
     scale_chunk_kernel[(samples, chunks, triton.cdiv(channels, bc))](
         g, x, *expanded, made[0], made[1], channels, inner, positions,
         *g.stride(), *x.stride(), *expanded[0].stride(), *expanded[1].stride(),
-        MEAN=mean is not None, RSTD=rstd is not None, WEIGHT=weight, LAST=last,
-        CHUNK=CHUNK, BP=bp, BC=bc, num_warps=4, **common.OPTIONS,
+        MEAN=_kind(mean, expanded[0]), RSTD=_kind(rstd, expanded[1]), WEIGHT=weight, LAST=last,
+        CHUNK=chunk, BP=bp, BC=bc, num_warps=4, **common.OPTIONS,
     )  # fmt: skip
     summed = made.sum(2) if chunks > 1 else made[:, :, 0]
     return summed[0], summed[1]
@@ -115,15 +132,11 @@ def scale_weight_grad(
     parts = column_parts(channels)
     wanted = weight + bias
     partials = torch.empty(samples, parts * wanted, dtype=torch.float32, device=input.device)
-    empty = torch.empty(0, dtype=torch.float32, device=input.device)
+    nothing = common.nothing(input, 4)
     of_weight, of_bias = chunk_sums(grad_out, input, mean, rstd, weight)
-    grad, sums = (
-        column_statistics(of_weight, coordinates, partials, 0) if weight else (empty, empty)
-    )
+    grad, sums = column_statistics(of_weight, coordinates, partials, 0) if weight else nothing[:2]
     grad_bias, bias_sums = (
-        column_statistics(of_bias, coordinates, partials, parts * weight)
-        if bias
-        else (empty, empty)
+        column_statistics(of_bias, coordinates, partials, parts * weight) if bias else nothing[2:]
     )
     return grad, grad_bias, common.pool_norms(partials, samples, capacity), sums, bias_sums
 
@@ -169,7 +182,9 @@ def norm_backward(
     if grad.dtype != input.dtype or grad.stride() != input.stride():
         grad = torch.empty_like(input).copy_(grad)
     each = input.shape[2] // rstd.shape[2]
-    by_channel = [None if t is None else t.repeat_interleave(each, 2) for t in (mean, rstd)]
+    by_channel = [
+        t if t is None or t.shape[2] == 1 else t.repeat_interleave(each, 2) for t in (mean, rstd)
+    ]
     return grad, *scale_weight_grad(
         grad_out, input, *by_channel, capacity, weight, bias, coordinates
     )

@@ -58,6 +58,8 @@ def tile_for(g: Tensor, x: Tensor, coordinates: bool, update: bool = False) -> T
     if matmul_precision() == "tf32x3" and (g.dtype == torch.float32 or outer):
         accumulators += 1
     tile = choose_tile(g.shape[2], x.shape[2], accumulators, g.itemsize)
+    if update and outer:  # memory-bound: many small programs, w and v on their way from the start
+        return Tile(64, min(32, tile.BN), 16, 4, 3)
     return tile._replace(num_warps=8) if update else tile
 
 
