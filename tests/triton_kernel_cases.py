@@ -161,12 +161,14 @@ CONV: list[tuple[Any, ...]] = [
     ((2, 64, 5, 4), 20, (3, 2), (1, 2), (1, 0), (1, 1), 1, LAST2),
     ((2, 256, 4, 3), 140, (2, 2), (1, 1), (0, 1), (2, 1), 2, LAST2),
     ((2, 64, 2, 3, 3), 5, (2, 1, 2), (1, 1, 1), (1, 0, 0), (1, 1, 1), 1, LAST3),
+    ((2, 64, 5, 4), 20, (3, 2), (1, 2), (1, 0), (1, 1), 1, torch.contiguous_format),
 ]
 
 
 @pytest.mark.parametrize(("case", "dtype", "coordinates"), [
     *itertools.product(CONV, [F32], [True]),
     (CONV[0], F32, False), (CONV[1], BF16, True), (CONV[2], F16, False), (CONV[7], BF16, False),
+    (CONV[10], F16, False),
 ])  # fmt: skip
 def test_conv(case: tuple[Any, ...], dtype: torch.dtype, coordinates: bool) -> None:
     shape, rows, size, stride, padding, dilation, groups, memory_format = case

@@ -10,9 +10,10 @@ the gradient alone. Positions of all samples form one loop.
 Gathering costs about eight integer operations for an element of the patch tile [BK, BN], against
 BM multiply-adds: BM (output channels) is 128 where there are as many. Threads run along the
 dimension that is contiguous: channels for channels-last tensors (r counts channels fastest), pixels
-otherwise. With few output pixels the vector operations, two or three a coordinate and sample,
-outweigh the product: norms alone then come from conv_gram.py, and the kernel here forms the sum of
-all samples without them. What it does badly: depthwise convolutions waste most of their 16×16
+otherwise; 16-bit inputs are made channels-last first where a tile then lies in one kernel element,
+and is gathered 16 bytes at a time. With few output pixels the vector operations, two or three a
+coordinate and sample, outweigh the product: norms alone then come from conv_gram.py, and the sum of
+all samples from cuDNN. What the kernel does badly: depthwise convolutions waste most of their 16×16
 tile. Not measured on a GPU.
 """
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -41,12 +43,11 @@ def conv_weight_grad_kernel(
     samples, P, O, C, D, H, W, OH, OW, KD, KH, KW, SD, SH, SW, PD, PH, PW, DD, DH, DW,
     g_i, g_c, g_p, x_i, x_c, x_d, x_h, x_w, split_stride, split_samples, parts,
     DIMS: tl.constexpr, G_LAST: tl.constexpr, X_LAST: tl.constexpr, ONE_K: tl.constexpr,
-    NORMS: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Σ_i c_i, and with SQUARES Σ_i c_i², of one tile, one split of the samples and one group.
 
-    Without NORMS (and SQUARES) no c_i is formed, the positions of all samples are one sum.
     O and C count a group's channels; strides are those of p_g [b, O, P] and p_x [b, C, D, H, W].
     """
     i_tile, i_s, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -100,15 +101,12 @@ def conv_weight_grad_kernel(
             )  # fmt: skip
             b_x = tl.trans(b_x)
         b_c = tl.dot(b_g, b_x, b_c, input_precision=PRECISION)
-        if NORMS:  # noqa: SIM102  (a constant: without norms nothing of it is compiled)
-            if (step - i * steps + 1) * BK >= P:
-                b_sum += b_c
-                if SQUARES:
-                    b_square += b_c * b_c
-                tl.store(p_partials + tl.cast(i, tl.int64) * parts, tl.sum(b_c * b_c))
-                b_c = tl.zeros([BM, BN], dtype=tl.float32)
-    if not NORMS:
-        b_sum = b_c
+        if (step - i * steps + 1) * BK >= P:
+            b_sum += b_c
+            if SQUARES:
+                b_square += b_c * b_c
+            tl.store(p_partials + tl.cast(i, tl.int64) * parts, tl.sum(b_c * b_c))
+            b_c = tl.zeros([BM, BN], dtype=tl.float32)
 
     o_r = o_c * (KD * KH * KW) + (o_kd * KH + o_kh) * KW + o_kw
     o_out = i_s.to(tl.int64) * split_stride + (i_group * O + o_m)[:, None].to(tl.int64) * R
@@ -128,7 +126,7 @@ def method_of(positions: int, rows: int, columns: int, coordinates: bool) -> str
     return "gram" if conv_gram.prefers_gram(positions, rows, columns, coordinates) else "direct"
 
 
-def tile_for(g: Tensor, rows: int, columns: int, dims: int, norms: bool) -> Tile:
+def tile_for(g: Tensor, rows: int, columns: int, dims: int) -> Tile:
     """The tile for a weight of rows × columns and g's pixels.
 
     Addresses take registers as well, operands in halves most; small tiles need fewer stages.
@@ -138,7 +136,7 @@ def tile_for(g: Tensor, rows: int, columns: int, dims: int, norms: bool) -> Tile
         return min(largest, max(16, triton.next_power_of_2(n)))
 
     exact = conv_precision() == "tf32x3" and g.itemsize == 4  # operands in halves
-    bm, bn = power(rows, 64 if exact and not norms else 128), power(columns, 64)
+    bm, bn = power(rows, 128), power(columns, 64)
     block_k = power(g.shape[2:].numel(), 16 if dims == 3 or exact else 32)
     return Tile(bm, bn, block_k, 8 if bm == 128 else 4, 2 if min(bm, bn) < 64 else 3)
 
@@ -151,7 +149,6 @@ def weight_grad(
     groups: int,
     partials: Tensor,
     tile: Tile,
-    norms: bool,
     squares: bool,
 ) -> tuple[Tensor, Tensor]:
     """Σ c_i and Σ c_i² [O, C·K] of g [b, O, D', H', W'] and x [b, C, D, H, W], and tiles' norms.
@@ -162,10 +159,9 @@ def weight_grad(
         options: kernel_size, stride, padding and dilation, three numbers each.
         dims: how many of the three are in use, the last ones.
         groups: of channels.
-        partials: [b, at least groups · tiles], if norms are wanted.
-        tile: from `choose_tile`.
-        norms: whether they are.
-        squares: whether Σ c_i² is wanted; norms then are, too.
+        partials: [b, at least groups · tiles].
+        tile: from `tile_for`.
+        squares: whether Σ c_i² is wanted.
     """
     samples, rows, channels = g.shape[0], g.shape[1] // groups, x.shape[1] // groups
     columns, positions = channels * math.prod(options[0]), g.shape[2:].numel()
@@ -181,7 +177,7 @@ def weight_grad(
         g, x, p_sum, p_square, partials,
         samples, *geometry(g, x, options, groups), split_stride, split_samples, partials.shape[1],
         DIMS=dims, G_LAST=g.stride(1) == 1, X_LAST=x.stride(1) == 1,
-        ONE_K=x.stride(1) == 1 and channels % tile.BN == 0, NORMS=norms, SQUARES=squares,
+        ONE_K=x.stride(1) == 1 and channels % tile.BN == 0, SQUARES=squares,
         PRECISION=conv_precision(),
         **tile._asdict(), **common.OPTIONS,
     )  # fmt: skip
@@ -220,7 +216,7 @@ def conv_weight_grad(
         g = g.contiguous()
     positions, columns = g.shape[2:].numel(), x.shape[1] // groups * math.prod(kernel_size)
     method = method or method_of(positions, rows, columns, coordinates)
-    tile = tile_for(g, rows, columns, dims, method == "direct")
+    tile = tile_for(g, rows, columns, dims)
     parts = 0
     if weight and method == "gram":
         parts = groups * conv_gram.parts(positions)
@@ -232,14 +228,45 @@ def conv_weight_grad(
     if bias:
         vectors = torch.sum(g, (2, 3, 4), dtype=torch.float32)
         grad_bias, bias_sums = column_statistics(vectors, coordinates, partials, parts)
-    if weight:
-        norms = method == "direct"
-        grad, sums = weight_grad(g, x, options, dims, groups, partials, tile, norms, coordinates)
-        shape = (grad_out.shape[1], x.shape[1] // groups, *kernel_size)
+    shape = (grad_out.shape[1], x.shape[1] // groups, *kernel_size)
+    if weight and method == "direct":
+        if x.itemsize == 2 and x.shape[1] // groups % tile.BN == 0:
+            g, x = (t.contiguous(memory_format=torch.channels_last_3d) for t in (g, x))
+        grad, sums = weight_grad(g, x, options, dims, groups, partials, tile, coordinates)
         grad, sums = grad.view(shape), sums.view(shape) if coordinates else sums
-        if not norms:
-            conv_gram.conv_norms(g, x, options, dims, groups, partials, conv_precision())
+    elif weight:
+        grad = sum_of_samples(grad_out, input, shape, stride, padding, dilation, groups)
+        conv_gram.conv_norms(g, x, options, dims, groups, partials, conv_precision())
     return grad, grad_bias, common.pool_norms(partials, samples, capacity), sums, bias_sums
+
+
+def sum_of_samples(
+    grad_out: Tensor,
+    input: Tensor,
+    shape: tuple[int, ...],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """PyTorch's own weight gradient of this shape, without statistics.
+
+    In float32, whatever the operands are: 16-bit ones fit into TF32 without rounding. By the same
+    bits each time.
+    """
+    backend: Any = torch.backends.cudnn
+    conv = backend.conv
+    before = backend.deterministic, conv.fp32_precision
+    backend.deterministic = True
+    if grad_out.itemsize == 2:
+        conv.fp32_precision = "tf32"
+    try:
+        return torch.ops.aten.convolution_backward.default(
+            grad_out.float(), input.float(), input.new_empty(shape, dtype=torch.float32), None,
+            stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False],
+        )[1]  # fmt: skip
+    finally:
+        backend.deterministic, conv.fp32_precision = before
 
 
 def _one_stride(g: Tensor) -> bool:
