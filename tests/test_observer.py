@@ -322,6 +322,24 @@ def test_autocast(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
+    "layer", [nn.Linear(6, 5), nn.Conv1d(6, 5, 1), nn.ConvTranspose1d(6, 5, 1)]
+)
+def test_gradients_under_autocast_are_not_rounded(device: torch.device, layer: nn.Module) -> None:
+    """Plain PyTorch rounds them to 16 bits on their way to the float32 parameters."""
+    layer = copy.deepcopy(layer).to(device)
+    ak.observe(layer)
+    x = torch.randn((33, 6) if isinstance(layer, nn.Linear) else (33, 6, 1), device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = layer(x)
+    upstream = torch.randn(y.shape, device=device).bfloat16()
+    y.backward(upstream)
+    g, a = upstream.double().flatten(1), x.bfloat16().double().flatten(1)
+    truth = g.T @ a if not isinstance(layer, nn.ConvTranspose1d) else a.T @ g
+    torch.testing.assert_close(layer.weight.grad.double().squeeze(-1), truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.bias.grad.double(), g.sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     "frozen",
     [("0.weight",), ("0.bias", "3.weight"), ("0.weight", "0.bias"), ("5.weight", "5.bias")],
 )

@@ -133,13 +133,23 @@ def counted(grad_probe: Tensor, probe: Tensor, call: Call, *saved: Tensor) -> Te
     return torch.stack([grad_probe[0], torch.zeros_like(grad_probe[1])])
 
 
-def as_grad(grad: Tensor, like: Tensor | None, wanted: bool) -> Tensor | None:
-    """A gradient in its tensor's dtype, or None if it is not wanted."""
-    return grad.to(like.dtype) if wanted and like is not None else None
+def as_grad(grad: Tensor, dtype: torch.dtype | None, wanted: bool) -> Tensor | None:
+    """A gradient in its tensor's dtype, or None if it is not wanted or there is no tensor."""
+    return grad.to(dtype) if wanted and dtype is not None else None
 
 
-def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The casts that autocast would do inside, done outside, so that autograd sees them."""
+def dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """Of the tensors that are there."""
+    return tuple(None if t is None else t.dtype for t in tensors)
+
+
+def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The casts that autocast does, which reaches into no autograd function.
+
+    Inputs are cast outside of the function, so that autograd sees it; weights and biases of linear
+    layers and convolutions inside: their gradients, float32 as the kernels return them, then are
+    not rounded to 16 bits and back.
+    """
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return (x, *tensors)

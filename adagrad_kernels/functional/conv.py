@@ -14,6 +14,7 @@ from ._call import (
     autocast,
     check_probe,
     counted,
+    dtypes,
     refuse_double_backward,
     tell,
 )
@@ -25,14 +26,17 @@ _CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_trans
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, *options):
-        ctx.save_for_backward(x, weight, bias, probe)
+        ctx.dtypes = dtypes(weight, bias)
+        weight, bias = autocast(weight, bias)
+        ctx.save_for_backward(x, weight, probe)
         ctx.call, ctx.options = call, options
         return _CONV[x.dim()](x, weight, bias, *options)
 
     @staticmethod
     def backward(ctx, grad_out):
         refuse_double_backward()
-        x, weight, bias, probe = ctx.saved_tensors
+        x, weight, probe = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
         stride, padding, dilation, groups = ctx.options
         need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
         tell(ctx.call, x, grad_out)
@@ -48,8 +52,8 @@ class _Conv(torch.autograd.Function):
         )  # fmt: skip
         return (
             grad_x,
-            as_grad(grad_w, weight, need_w),
-            as_grad(grad_b, bias, need_b),
+            as_grad(grad_w, weight_dtype, need_w),
+            as_grad(grad_b, bias_dtype, need_b),
             counted(grad_p, probe, ctx.call, x, grad_out),
             sums_w if need_ws else None,
             sums_b if need_bs else None,
@@ -60,7 +64,9 @@ class _Conv(torch.autograd.Function):
 class _ConvTranspose(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, *options):
-        ctx.save_for_backward(x, weight, bias, probe)
+        ctx.dtypes = dtypes(weight, bias)
+        weight, bias = autocast(weight, bias)
+        ctx.save_for_backward(x, weight, probe)
         ctx.call, ctx.options = call, options
         stride, padding, output_padding, dilation, groups = options
         function = _CONV_TRANSPOSE[x.dim()]
@@ -69,7 +75,8 @@ class _ConvTranspose(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         refuse_double_backward()
-        x, weight, bias, probe = ctx.saved_tensors
+        x, weight, probe = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
         stride, padding, _, dilation, groups = ctx.options
         need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
         tell(ctx.call, x, grad_out)
@@ -89,10 +96,10 @@ class _ConvTranspose(torch.autograd.Function):
                 by_channel, by_channel, None, None, probe.shape[1], False, True, need_bs
             )
             grad_p = torch.stack([grad_p[0] + grad_p_bias[0], grad_p[1]])
-            grad_b = as_grad(grad_b, bias, need_b)
+            grad_b = as_grad(grad_b, bias_dtype, need_b)
         return (
             grad_x,
-            as_grad(grad_w, weight, need_w),
+            as_grad(grad_w, weight_dtype, need_w),
             grad_b,
             counted(grad_p, probe, ctx.call, x, grad_out),
             sums_w if need_ws else None,
@@ -154,9 +161,9 @@ def conv(
         [4.0, 16.0]
     """
     _check(x, weight, probe, "conv")
-    x_, weight_, bias_ = autocast(x, weight, bias)
+    (x_,) = autocast(x)
     return _Conv.apply(
-        x_, weight_, bias_, probe, weight_probe, bias_probe, call, stride, padding, dilation, groups
+        x_, weight, bias, probe, weight_probe, bias_probe, call, stride, padding, dilation, groups
     )  # type: ignore[return-value]
 
 
@@ -201,8 +208,8 @@ def conv_transpose(
         [4.0, 16.0]
     """
     _check(x, weight, probe, "conv_transpose")
-    x_, weight_, bias_ = autocast(x, weight, bias)
+    (x_,) = autocast(x)
     return _ConvTranspose.apply(
-        x_, weight_, bias_, probe, weight_probe, bias_probe, call,
+        x_, weight, bias, probe, weight_probe, bias_probe, call,
         stride, padding, output_padding, dilation, groups,
     )  # type: ignore[return-value]  # fmt: skip

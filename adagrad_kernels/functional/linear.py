@@ -14,6 +14,7 @@ from ._call import (
     autocast,
     check_probe,
     counted,
+    dtypes,
     refuse_double_backward,
     tell,
 )
@@ -23,14 +24,17 @@ from ._product import product
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, update):
-        ctx.save_for_backward(x, weight, bias, probe)
+        ctx.dtypes = dtypes(weight, bias)
+        weight, bias = autocast(weight, bias)
+        ctx.save_for_backward(x, weight, probe)
         ctx.call, ctx.update = call, update
         return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_out):
         refuse_double_backward()
-        x, weight, bias, probe = ctx.saved_tensors
+        x, weight, probe = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
         need_x, need_w, need_b, _, need_ws, need_bs, *_ = ctx.needs_input_grad
         tell(ctx.call, x, grad_out)
         grad_x = product(grad_out, weight.t()) if need_x else None
@@ -38,15 +42,15 @@ class _Linear(torch.autograd.Function):
         update = ctx.update if need_w and not coordinates else None
         if update is not None and update.takes(ctx.call, ctx.next_functions[1][0]):
             grad_b, grad_p = update(grad_out, x, probe.shape[1], need_b)
-            grad_b, grad_p = as_grad(grad_b, bias, need_b), counted(grad_p, probe, ctx.call)
+            grad_b, grad_p = as_grad(grad_b, bias_dtype, need_b), counted(grad_p, probe, ctx.call)
             return grad_x, None, grad_b, grad_p, None, None, None, None
         grad_w, grad_b, grad_p, sums_w, sums_b = ops.linear_weight_grad(
             grad_out, x, probe.shape[1], need_w, need_b, coordinates
         )
         return (
             grad_x,
-            as_grad(grad_w, weight, need_w),
-            as_grad(grad_b, bias, need_b),
+            as_grad(grad_w, weight_dtype, need_w),
+            as_grad(grad_b, bias_dtype, need_b),
             counted(grad_p, probe, ctx.call, x, grad_out),
             sums_w if need_ws else None,
             sums_b if need_bs else None,
@@ -93,5 +97,5 @@ def linear(
             "[samples, ..., features]"
         )
     check_probe(x.shape[0], probe, "linear")
-    x_, weight_, bias_ = autocast(x, weight, bias)
-    return _Linear.apply(x_, weight_, bias_, probe, weight_probe, bias_probe, call, update)  # type: ignore[return-value]
+    (x_,) = autocast(x)
+    return _Linear.apply(x_, weight, bias, probe, weight_probe, bias_probe, call, update)  # type: ignore[return-value]

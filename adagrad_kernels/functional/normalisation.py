@@ -56,8 +56,8 @@ def _grads(
     grad_w, grad_b, grad_p, sums_w, sums_b = found
     return (
         grad_x,
-        as_grad(grad_w.reshape(weight.shape), weight, True) if need_w else None,
-        as_grad(grad_b.reshape(bias.shape), bias, True) if need_b else None,
+        as_grad(grad_w.reshape(weight.shape), weight.dtype, True) if need_w else None,
+        as_grad(grad_b.reshape(bias.shape), bias.dtype, True) if need_b else None,
         counted(grad_p, probe, ctx.call, *saved),
         sums_w.reshape(weight.shape) if need_ws else None,
         sums_b.reshape(bias.shape) if need_bs else None,

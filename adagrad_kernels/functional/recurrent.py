@@ -28,6 +28,7 @@ from ._call import (
     autocast,
     check_probe,
     counted,
+    dtypes,
     refuse_double_backward,
     tell,
 )
@@ -202,7 +203,8 @@ class _Recurrent(torch.autograd.Function):
                 delta, a, probe.shape[1], need_w, need_b, coordinates
             )
             grad_p += counted(part, probe, call, a, delta)
-            grads.append((as_grad(grad_w, w, need_w), as_grad(grad_b, b, need_b)))
+            of_w, of_b = dtypes(w, b)
+            grads.append((as_grad(grad_w, of_w, need_w), as_grad(grad_b, of_b, need_b)))
             sums.append((sums_w, sums_b))
         grads += [(None, None)] * (3 - len(grads))
         sums += [(None, None)] * (3 - len(sums))
@@ -263,6 +265,6 @@ def recurrent(
         )
     check_probe(x.shape[0], probe, "recurrent")
     h, c = (*state, None)[:2]
-    x, *others = autocast(x, h, c, *weights)  # type: ignore[assignment]
+    x, *others = autocast(x, h, c, *weights)
     h, c, *cast = others
     return _Recurrent.apply(mode, tuple(calls), x, h, c, probe, *cast, *weight_probes)  # type: ignore[return-value]
