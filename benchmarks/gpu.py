@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from .gpu_bench import Bench
+from .gpu_bench import Bench, Record
 from .gpu_layers import layer_kernels, linear_updates
 from .gpu_optimizers import optimizer_kernels, sample_statistics
-from .gpu_steps import steps
+from .gpu_steps import peer_steps, steps
 
 
 def main() -> int:
@@ -37,14 +37,16 @@ def main() -> int:
     args = parser.parse_args()
     bench = Bench(torch.device(args.device), args.small, args.out, args.seconds)
     torch.manual_seed(0)
+    fastest: dict[str, Record] = {}  # plain steps, eager
     parts: dict[str, Callable[[], None]] = {
         "limits": bench.limits,
         "optimizer_kernels": lambda: optimizer_kernels(bench),
         "sample_statistics": lambda: sample_statistics(bench),
         "layer_kernels": lambda: layer_kernels(bench),
         "linear_updates": lambda: linear_updates(bench),
-        "steps": lambda: steps(bench, compiled=False),
-        "compiled steps": lambda: steps(bench, compiled=True),
+        "steps": lambda: steps(bench, False, fastest),
+        "compiled steps": lambda: steps(bench, True, {}),
+        "steps of others": lambda: peer_steps(bench, fastest),
     }
     for name, part in parts.items():
         with bench.part(name):

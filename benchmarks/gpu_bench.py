@@ -19,13 +19,30 @@ from adagrad_kernels.benchmark.engine import Unavailable
 from adagrad_kernels.benchmark.records import now
 
 Record = dict[str, Any]
+SECONDS = 2.0
+"""What one way to do a thing may take."""
 
 
 def timed(
     run: Callable[[], Any], device: torch.device, repeats: int, ahead: bool = False
 ) -> list[float]:
-    """Seconds of each of so many calls, after two that do not count."""
+    """Seconds of each of so many calls, after some that do not count; of fewer if they are slow.
+
+    Args:
+        run: the call.
+        device: where it runs.
+        repeats: how often, if that takes no more than `SECONDS`.
+        ahead: whether the device first waits until the calls are launched, so that the time that
+            launching takes is hidden.
+    """
     run(), run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    repeats = max(3, min(repeats, int(SECONDS / (time.perf_counter() - start))))
     if device.type != "cuda":
         times = []
         for _ in range(repeats):
@@ -35,8 +52,8 @@ def timed(
         return times
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     torch.cuda.synchronize()
-    if ahead:  # the host gets so far ahead that launching does not count
-        torch.cuda._sleep(50_000_000)
+    if ahead:
+        torch.cuda._sleep(50_000_000)  # cycles
     events[0].record()
     for event in events[1:]:
         run()
@@ -96,12 +113,20 @@ class Bench:
             raise Unavailable("the time was up")
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Records what goes wrong inside, so that the other parts still run."""
+    def part(self, name: str, peer: bool = False) -> Iterator[None]:
+        """Records what goes wrong inside, so that the other parts still run.
+
+        Args:
+            name: of the part.
+            peer: whether it is none of ours, and may need more memory than there is.
+        """
         try:
             yield
         except Unavailable as error:
             self.record("skipped", name, "", reason=str(error))
+        except torch.OutOfMemoryError as error:
+            self.failures += not peer
+            self.record("skipped" if peer else "failed", name, "", reason=str(error))
         except Exception as error:
             self.failures += 1
             traceback.print_exc()

@@ -11,47 +11,71 @@ from torch import Tensor, nn
 import adagrad_kernels as ak
 
 from .gpu_bench import Bench, Record, percentiles
-from .gpu_ways import OURS, PEERS, PLAIN, mean_loss, models
+from .gpu_ways import IN_BACKWARD, OURS, PEERS, PLAIN, Way, mean_loss, models
 
 
-def steps(bench: Bench, compiled: bool) -> None:
-    """Whole training steps of every model; their ratio is to the fastest plain step."""
-    ways = {**PLAIN, **OURS, **({} if compiled else PEERS)}
+def steps(bench: Bench, compiled: bool, fastest: dict[str, Record]) -> None:
+    """Whole training steps of every model; their ratio is to the fastest plain step.
+
+    Args:
+        bench: of this run.
+        compiled: whether the models are.
+        fastest: gets the fastest plain step of each model.
+    """
     how = "compiled" if compiled else "eager"
     for name, build, x, y, bf16 in models(bench.device, bench.small):
         label = f"{name} {how}"
         with bench.part(f"check of {label}"):
             _check_step(bench, build, x, y)
-        fastest: Record = {}
+        ways = {**PLAIN, **OURS, **({} if compiled else IN_BACKWARD)}
         for variant, prepare in ways.items():
             with bench.part(f"step {label} {variant}"):
-                bench.check_time()
-                torch.compiler.reset()
-                model = build().to(bench.device)
-                update = prepare(model, x, y, bf16)
-                called = torch.compile(model) if compiled else model
-                times = _step_times(bench, called, update, x, y, bf16)
-                if variant in PLAIN:
-                    if not fastest or times["p50"] < fastest["p50"]:
-                        fastest = times
-                elif fastest:
-                    times["ratio"] = times["p50"] / fastest["p50"]
-                    if times["peak_bytes"] is not None:
-                        times["memory_ratio"] = times["peak_bytes"] / fastest["peak_bytes"]
+                times = _step_times(bench, build, prepare, x, y, bf16, compiled)
+                best = fastest.get(name)
+                if variant not in PLAIN:
+                    times |= _ratios(times, best)
+                elif best is None or times["p50"] < best["p50"]:
+                    fastest[name] = times
                 bench.record("step", label, variant, **times)
+
+
+def peer_steps(bench: Bench, fastest: dict[str, Record]) -> None:
+    """Steps of others, eager; slow ones, so that they come last."""
+    for name, build, x, y, bf16 in models(bench.device, bench.small):
+        for variant, prepare in PEERS.items():
+            with bench.part(f"step {name} eager {variant}", peer=True):
+                times = _step_times(bench, build, prepare, x, y, bf16, compiled=False)
+                times |= _ratios(times, fastest.get(name))
+                bench.record("step", f"{name} eager", variant, **times)
+
+
+def _ratios(times: Record, fastest: Record | None) -> Record:
+    if fastest is None:
+        return {}
+    ratios = {"ratio": times["p50"] / fastest["p50"]}
+    if times["peak_bytes"] is not None:
+        ratios["memory_ratio"] = times["peak_bytes"] / fastest["peak_bytes"]
+    return ratios
 
 
 def _step_times(
     bench: Bench,
-    model: Callable[[Tensor], Tensor],
-    update: Callable[[], None],
+    build: Callable[[], nn.Module],
+    prepare: Way,
     x: Tensor,
     y: Tensor,
     bf16: bool,
+    compiled: bool,
 ) -> Record:
+    bench.check_time()
+    torch.compiler.reset()
+    model = build().to(bench.device)
+    update = prepare(model, x, y, bf16)
+    called = torch.compile(model) if compiled else model
+
     def run() -> None:
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=bf16):
-            loss = mean_loss(model(x), y)
+            loss = mean_loss(called(x), y)
         loss.backward()
         update()
 

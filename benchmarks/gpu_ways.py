@@ -175,8 +175,10 @@ OURS: dict[str, Way] = {
     "ours, norm test": ours(ak.NormTest(0.1)),
     "ours, norms + coordinates": ours(ak.CoordinateNormTest(0.1)),
 }
-PEERS: dict[str, Way] = {
+IN_BACKWARD: dict[str, Way] = {  # of eager models
     "ours, norm test, in backward": ours(ak.NormTest(0.1), update="in_backward"),
+}
+PEERS: dict[str, Way] = {
     "vmap as in the official code": official_vmap,
     "Opacus": opacus,
 }

@@ -85,10 +85,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int r = 0; r < kRowsAtOnce; ++r) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        const A x = widen(pack[r].element[k]), square = x * x;
+        const A x = widen(pack[r].element[k]);
         part[k] += x;
-        part_sq[k] += square;
-        norm[r] += square;
+        part_sq[k] = fma(x, x, part_sq[k]);  // two instructions instead of three
+        norm[r] = fma(x, x, norm[r]);
       }
     }
 #pragma unroll
