@@ -17,7 +17,7 @@ from .distributed import Ranks
 from .functional import Call
 from .layers import ObservedLayer
 from .layers.base import Updater
-from .selfcheck import unexplained
+from .selfcheck import parameters_with_grad, unexplained
 from .shared import ObservedCall, cross_terms, repeated_uses
 
 P = ParamSpec("P")
@@ -92,6 +92,7 @@ class Recorder:
         self._seen: set[str] = set()
         self._last_seen: set[str] = set()
         self._told_calls = 0
+        self._checked_passes = -1  # after how many backward passes the gradients were looked at
         self._cross_sums: dict[Tensor, Tensor] = {}  # by coordinate probe
 
     def _make_probe(self, capacity: int, device: torch.device) -> None:
@@ -223,11 +224,13 @@ class Recorder:
         One that the coming passes add to after the first call of these layers has told of itself;
         without layers, as of a compiled model, any.
         """
-        measured = [p for layer in layers for p in cast(nn.Module, layer).parameters()]
-        found = measured or self._names
-        grad = next((p.grad for p in found if p.requires_grad and p.grad is not None), None)
+        measured = (p for layer in layers for p in parameters_with_grad(cast(nn.Module, layer)))
+        p = next(measured, None)
+        self._noted_in_time = p is not None
+        if p is None:
+            p = next((q for q in self._names if q.requires_grad and q.grad is not None), None)
+        grad = None if p is None else p.grad
         self._noted = None if grad is None else (weakref.ref(grad), grad._version)
-        self._noted_in_time = bool(measured)
 
     def accept_changes(self) -> None:
         """The gradients have been written to since the backward pass, as they may be."""

@@ -16,6 +16,7 @@ from ..batch_size import BatchSizeController
 from ..criteria import Averaged, Criterion, Decision, NormTest, StatefulCriterion
 from ..distributed import Group, is_data_parallel
 from ..observer import Observer, observe
+from ..selfcheck import parameters_with_grad
 from ..statistics import GradientStatistics
 from ..workers import WorkerObserver
 
@@ -217,25 +218,23 @@ class BatchCycle:
     def _check_followed(self, groups: Sequence[Mapping[str, Any]]) -> None:
         held = {id(p) for group in groups for p in group["params"]}
         gradients = False
-        named = self.observer.parameters()
-        if self._partial:
-            named = self.observer.model.named_parameters()
-        for name, p in named:
-            if p.grad is None:
-                continue
+        for p in parameters_with_grad(self.observer.model):
             gradients = True
             if id(p) not in held:
                 raise RuntimeError(
-                    f"parameter {name!r} has a gradient but is in none of the param groups: call "
-                    "opt.add_param_group after unfreezing it"
+                    f"parameter {self._name(p)!r} has a gradient but is in none of the param "
+                    "groups: call opt.add_param_group after unfreezing it"
                 )
-            if p.grad.is_sparse:
+            if cast(Tensor, p.grad).is_sparse:
                 raise RuntimeError(
-                    f"parameter {name!r} has a sparse gradient, which is not supported: build its "
-                    "layer with sparse=False"
+                    f"parameter {self._name(p)!r} has a sparse gradient, which is not supported: "
+                    "build its layer with sparse=False"
                 )
         if not gradients and not self.updated_in_backward:
             raise RuntimeError("step() without gradients: they were cleared after backward()")
+
+    def _name(self, p: nn.Parameter) -> str:
+        return next(name for name, q in self.observer.model.named_parameters() if q is p)
 
     @property
     def _partial(self) -> bool:
@@ -336,7 +335,7 @@ class BatchCycle:
         return True
 
     def _some_grad(self) -> Tensor | None:
-        return next((p.grad for p in self.observer.model.parameters() if p.grad is not None), None)
+        return next((p.grad for p in parameters_with_grad(self.observer.model)), None)
 
     def _check_zeroed(self) -> None:
         last = self._last_grad() if self._last_grad is not None else None
