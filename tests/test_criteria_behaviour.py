@@ -171,7 +171,10 @@ class TestBehaviour:
         """Asks for the cap if the variance is positive, passes if everything is 0."""
         noise = torch.tensor([[1.0, 0.0, 2.0], [-1.0, 0.0, -2.0]], dtype=torch.float64)
         nothing = torch.zeros(2, 3)
-        for test in (ak.NormTest(0.5), ak.OrthogonalityTest(0.5), ak.CoordinateNormTest(0.5)):
+        for test in (
+            ak.NormTest(0.5), ak.InnerProductTest(0.5), ak.OrthogonalityTest(0.5),
+            ak.AugmentedInnerProductTest(0.5, 0.7), ak.CoordinateNormTest(0.5),
+        ):  # fmt: skip
             assert test.evaluate(statistics(noise)) == ak.Decision(False, UNBOUNDED, math.inf)
         for make in CRITERIA.values():
             assert make().evaluate(statistics(nothing)).passed

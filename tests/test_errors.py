@@ -406,3 +406,18 @@ def test_optimizers_are_not_copied(make: Make) -> None:
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="make an optimizer for the copy"):
             copied(opt)
+
+
+def local(model: nn.Module) -> ak.LocalAdaptiveBatch:
+    return ak.LocalAdaptiveBatch(model, torch.optim.SGD(model.parameters(), lr=0.1), local_steps=2)
+
+
+@pytest.mark.parametrize("make", [diagonal, scalar, wrapped, local])
+@pytest.mark.parametrize("state", [{}, torch.optim.SGD([torch.ones(1)]).state_dict(), None])
+def test_the_state_of_something_else(make: Make, state: Any) -> None:
+    model = network()
+    opt = make(model)
+    if make in (diagonal, scalar) and state:
+        return  # one of a torch optimizer
+    with pytest.raises(ValueError, match=f"no state of {type(opt).__name__}"):
+        opt.load_state_dict(state)

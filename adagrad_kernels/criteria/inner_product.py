@@ -10,16 +10,17 @@ from .base import Comparison, GradientTest, check_positive
 
 
 def _along(s: GradientStatistics) -> float:
-    """Var(p)/‖ḡ‖², the variance along ḡ; p_i = ⟨g_i, ḡ⟩."""
+    """Var(p)/‖ḡ‖², the variance along ḡ, p_i = ⟨g_i, ḡ⟩; all of it where ḡ = 0 has no direction."""
     variance = s.inner_product_variance
     if variance is None:
         raise ValueError("the statistics have no inner products: observe(inner_products=True)")
-    return float(variance) / s.mean_norm_sq if s.mean_norm_sq > 0 else 0.0
+    return float(variance) / s.mean_norm_sq if s.mean_norm_sq > 0 else s.variance
 
 
 def _across(s: GradientStatistics) -> float:
-    """Σ‖g_i − (p_i/‖ḡ‖²)ḡ‖²/(b−1), the variance across ḡ: what is left of tr Σ̂."""
-    return max(s.variance - _along(s), 0.0)
+    """Σ‖g_i − (p_i/‖ḡ‖²)ḡ‖²/(b−1), the variance across ḡ: what is left of tr Σ̂, or all of it."""
+    along = _along(s)
+    return max(s.variance - along, 0.0) if s.mean_norm_sq > 0 else s.variance
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..criteria import Criterion
 from ..recorder import outside_graphs
 from .base import check_max_grad_norm
 from .cycle import BatchCycle, check_criterion
-from .cycled import Cycled
+from .cycled import Cycled, check_state
 
 
 class AdaptiveBatch(Cycled):
@@ -137,7 +137,12 @@ class AdaptiveBatch(Cycled):
         return {"optimizer": self.optimizer.state_dict(), "adaptive": self.cycle.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores `state_dict()`; gradients that had been accumulated are cleared."""
+        """Restores `state_dict()`; gradients that had been accumulated are cleared.
+
+        Raises:
+            ValueError: something else, such as the state of the inner optimizer alone.
+        """
+        check_state(self, state_dict, "optimizer", "adaptive")
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.cycle.load_state_dict(state_dict["adaptive"])
         self.zero_grad()

@@ -14,7 +14,7 @@ from ..criteria import Criterion
 from ..observer import Observer
 from ..recorder import outside_graphs
 from .cycle import BatchCycle, named_trainable
-from .cycled import Cycled
+from .cycled import Cycled, check_state
 
 OPTIONS = ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
 
@@ -240,6 +240,7 @@ class AdaptiveAdagrad(Cycled, Optimizer):
             ValueError: the state of another model or optimizer: groups or shapes that do not fit,
                 or a batch size above this optimizer's cap. Nothing has changed then.
         """
+        check_state(self, state_dict, "state", "param_groups")
         saved = self._saved_sums(state_dict)
         for p, value in saved:
             self._check_sum(p, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..batch_size import BatchSizeController
@@ -10,6 +11,19 @@ from ..distributed import Ranks
 from ..observer import Observer
 from ..statistics import GradientStatistics
 from .cycle import BatchCycle, LossScale
+
+
+def check_state(owner: object, state: object, *keys: str) -> None:
+    """That a state has what `load_state_dict` of its owner looks for.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    missing = [key for key in keys if not (isinstance(state, Mapping) and key in state)]
+    if missing:
+        raise ValueError(
+            f"this is no state of {type(owner).__name__}: it has no {', '.join(map(repr, missing))}"
+        )
 
 
 class Cycled:

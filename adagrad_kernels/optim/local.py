@@ -15,6 +15,7 @@ from ..criteria.averaged import Averaged
 from ..distributed import Group, Ranks
 from ..recorder import outside_graphs
 from ..statistics import GradientStatistics
+from .cycled import check_state
 
 
 class LocalAdaptiveBatch:
@@ -179,7 +180,12 @@ class LocalAdaptiveBatch:
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores `state_dict()`; gradients that had been accumulated are cleared."""
+        """Restores `state_dict()`; gradients that had been accumulated are cleared.
+
+        Raises:
+            ValueError: something else, such as the state of the inner optimizer alone.
+        """
+        check_state(self, state_dict, "optimizer", "controller")
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.controller.load_state_dict(state_dict["controller"])
         if isinstance(self.criterion, StatefulCriterion):
