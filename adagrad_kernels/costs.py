@@ -47,7 +47,7 @@ METHODS = {
     "direct": "direct",
     "reference": "per-sample gradients",
 }
-"""What people call them."""
+"""The names that people are shown."""
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def _distribution(weights: Tensor | Sequence[float], length: int, shuffle: bool)
 
 
 def _part(rank: int | None, world_size: int | None, ranks: Ranks) -> tuple[int, int]:
-    """(rank, world_size), found out where they are not given."""
+    """(rank, world_size), inferred where they are not given."""
     if (rank is None) != (world_size is None):
         raise ValueError("give rank and world_size together, or neither")
     if rank is None or world_size is None:

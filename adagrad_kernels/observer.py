@@ -114,7 +114,7 @@ class Observer(Recorder):
         self.partial = layers is not None
         self._layers = layers_
         self.owner: weakref.ref[object] | None = None  # the optimizer's part that made it, if any
-        self._found_in_probe: list[set[str]] = []  # layers that only the probe has told of
+        self._found_in_probe: list[set[str]] = []  # layers that only the probe has shown
         self._with_grad: dict[str, nn.Parameter] = {}  # of the last check
         for layer in self._layers:
             layer.coordinate_probes()
@@ -122,7 +122,7 @@ class Observer(Recorder):
 
     @property
     def abandoned(self) -> bool:
-        """Whether it was made for an optimizer that is no more."""
+        """Whether it was made for an optimizer that no longer exists."""
         return self.owner is not None and self.owner() is None
 
     def detach(self) -> None:

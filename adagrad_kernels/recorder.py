@@ -153,7 +153,8 @@ class Recorder:
             self._had_grads |= any(p.grad is not None for p in self._names)
         needed = self.inner_products or self._unexplained
         needed = needed or layer in self._tied or self._calling[call.key] > 1
-        self._calls.append(ObservedCall(layer, call, saved[0].shape[0], saved if needed else ()))
+        kept = tuple(t.detach() for t in saved) if needed else ()
+        self._calls.append(ObservedCall(layer, call, saved[0].shape[0], kept))
 
     def used_once(self, layer: ObservedLayer, call: Call) -> bool:
         """Whether this is the layer's only call in the forward pass, and nothing of it is tied."""

@@ -78,7 +78,7 @@ class GradientStatistics:
         coordinate_mean: ḡ_j for each parameter by name, or None if not asked for; `DTensor`s laid
             out like the parameters, where these are sharded.
         coordinate_variance: var_j likewise.
-        coordinate_reductions: what the update's kernel has found out about them, or None.
+        coordinate_reductions: what the update's kernel has computed of them, or None.
         inner_products: ⟨g_i, ḡ⟩ of the samples of the last micro-batch, or of all that were asked
             for (of all ranks, one after another), [m], or None if not asked for.
         accumulators: AdaGrad's v_j by parameter name, this step's gradient included, where the

@@ -73,7 +73,7 @@ class StatefulCriterion(Criterion, Protocol):
     """A criterion with a memory, which only `record` changes."""
 
     def record(self, statistics: GradientStatistics) -> None:
-        """Takes up the statistics of a step; the optimizers call it after `evaluate`."""
+        """Takes in the statistics of a step; the optimizers call it after `evaluate`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,10 @@ class CallListener(Protocol):
     """Told of every backward pass through a call that has a key."""
 
     def called(self, call: Call, saved: tuple[Tensor, ...]) -> None:
-        """This call took part; `saved` are its operands, the samples in dim 0, grad_out last."""
+        """This call took part; `saved` are its operands, the samples in dim 0, grad_out last.
+
+        They may require grad: detach what is kept.
+        """
 
 
 class WeightUpdate(Protocol):
@@ -84,7 +87,7 @@ def tell(call: Call, *saved: Tensor) -> None:
 def _tell(call: Call, saved: Sequence[Tensor]) -> None:
     listener = _listeners.get(call.key)
     if listener is not None:
-        listener.called(call, tuple(t.detach() for t in saved))
+        listener.called(call, tuple(saved))
 
 
 # A replayed CUDA graph would tell nobody.

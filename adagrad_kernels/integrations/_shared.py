@@ -46,7 +46,7 @@ def take_over_clipping(optimizer: AdaptiveOptimizer, value: float | None, settin
         return
     if getattr(optimizer, "_in_backward", None) is not None:
         raise ValueError(
-            f'{setting}={value} cannot be had with update="in_backward": turn one of them off'
+            f'{setting}={value} is incompatible with update="in_backward": turn one of them off'
         )
     if optimizer.max_grad_norm not in (None, value):
         raise ValueError(

@@ -18,7 +18,7 @@ class WholeBatches:
 
     Args:
         loader: serves the micro-batches.
-        sized: whether `len` answers; transformers believes in it.
+        sized: whether `len` answers; transformers relies on it.
 
     Attributes:
         loader: the same.

@@ -46,7 +46,7 @@ class CallRecorder(Protocol):
 
     @property
     def abandoned(self) -> bool:
-        """Whether it was made for an optimizer that is no more."""
+        """Whether it was made for an optimizer that no longer exists."""
         ...
 
     def detach(self) -> None:
@@ -114,7 +114,7 @@ class ObservedLayer:
 
     @property
     def abandoned(self) -> bool:
-        """Whether it is observed for an optimizer that is no more."""
+        """Whether it is observed for an optimizer that no longer exists."""
         return self._observer.abandoned
 
     def detach(self) -> None:

@@ -160,7 +160,7 @@ class AdaptiveAdagrad(Cycled, Optimizer):
         return work[0].lr, found
 
     def _explain(self, work: list[Work], error: RuntimeError) -> None:
-        """Raises what the user can mend, where the model has been changed under the optimizer."""
+        """Raises an error that says what to do, where the model was changed under the optimizer."""
         for w in work:
             total, double = w.state.get("sum"), w.param.dtype == torch.float64
             dtype = torch.float64 if double else torch.float32

@@ -57,7 +57,7 @@ class BatchCycle:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"expected the model (an nn.Module), got {type(model).__name__}: the optimizer "
-                "observes the model's layers, parameters alone do not do"
+                "observes the model's layers, parameters alone are not enough"
             )
         check_criterion(criterion)
         _check_options(options)
@@ -329,7 +329,7 @@ class BatchCycle:
         """Called by zero_grad(): False while a batch is being accumulated."""
         if self._counted:
             return False
-        if self.observer.micro_batches:  # of a backward pass that step() was not told of
+        if self.observer.micro_batches:  # of a backward pass without a step()
             self.observer.reset()
         self._zeroed = True
         return True
@@ -362,7 +362,7 @@ class BatchCycle:
 
 
 def check_criterion(criterion: Criterion | None) -> None:
-    """Raises TypeError for what is none."""
+    """Raises TypeError for anything else than a criterion."""
     is_one = hasattr(criterion, "evaluate") and not isinstance(criterion, type)
     if criterion is not None and not is_one:
         raise TypeError(f"criterion must be one such as NormTest(0.1), got {criterion!r}")

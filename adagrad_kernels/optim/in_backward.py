@@ -55,9 +55,9 @@ class Options(NamedTuple):
 class InBackward:
     """Updates the parameters of one optimizer during `backward()`.
 
-    The observer tells it of every backward pass through a layer, a hook on each parameter of every
-    complete gradient. It holds the optimizer weakly: without the optimizer, gradients are plain
-    ones again.
+    The observer notifies it of every backward pass through a layer, a hook on each parameter of
+    every complete gradient. It holds the optimizer weakly: without the optimizer, gradients are
+    plain ones again.
 
     Attributes:
         active: whether the coming backward pass updates; not the first one.
