@@ -186,14 +186,18 @@ struct WeightGrad {
   int64_t positions;                                           // how many t
   int64_t image() const { return channels * depth * height * width; }
   // outputs; the first two are overwritten, the others added to
-  T* sum;          // [panels][members][panel_width]
-  T* sum_sq;       // the same, or null
-  double* norms;   // [samples of the whole batch]
-  T* wide_sum;     // [panels][panel_width]: the bias of a convolution, or null
-  T* wide_sum_sq;  // the same, or null
-  T* scratch;      // chunk * (panels * positions * panel_width + image + 16) elements
-  int64_t chunk;   // samples packed at a time
-  bool merged;     // no norms: the samples' positions are those of one sample
+  T* sum;            // [panels][members][panel_width], or null: straight to the weight's rows
+  T* sum_sq;         // the same; null where squares are not wanted, too
+  T* grad;           // the rows where sum is null, and there is one chunk only
+  T* grad_sq;        // the same, or null
+  int64_t row;       // elements from row to row
+  bool lanes_outer;  // row = lane (convolution), otherwise row = member (linear)
+  double* norms;     // [samples of the whole batch]
+  T* wide_sum;       // [panels][panel_width]: the bias of a convolution, or null
+  T* wide_sum_sq;    // the same, or null
+  T* scratch;        // chunk * (panels * positions * panel_width + image + 16) elements
+  int64_t chunk;     // samples packed at a time
+  bool merged;       // no norms: the samples' positions are those of one sample
 };
 // Panels are one or two AVX-512 registers wide: narrow ones where the lanes would not fill two.
 template <class T>

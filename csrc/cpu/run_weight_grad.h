@@ -59,7 +59,14 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
   const int64_t positions = common.positions;
   const int64_t image = common.image();
   const int64_t width = common.panel_width, bias_size = groups * split.panels * width;
-  const int64_t sums = split.sums() * (coordinates ? 2 : 1);
+  const auto sample_size = [&](int64_t panels) { return panels * positions * width + image + 16; };
+  const int64_t most_panels = ceil_div(split.panels, split.panel_parts);
+  // Where one chunk holds all samples, a tile is complete at once, and its sums are kept nowhere.
+  const bool kept = split.sample_parts > 1 || chunk_of<T>(common, sample_size(most_panels), samples,
+                                                          most_panels, coordinates) < samples;
+  const int64_t sums = kept ? split.sums() * (coordinates ? 2 : 1) : 0;
+  const int64_t row = lanes_outer ? common.members : common.lanes;
+  const int64_t group = lanes_outer ? common.lanes * row : 0;  // from group to group
   const int64_t own = sums + bias_size * 2;  // weight sums, their squares, bias sums, squares
   // Few positions: norms by products of positions, the gradient as one product of all samples.
   const bool merged =
@@ -75,45 +82,56 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
       const int64_t panels = last_panel - first_panel;
       const int64_t first_sample = samples * sp / split.sample_parts;
       const int64_t last_sample = samples * (sp + 1) / split.sample_parts;
-      const int64_t sample_size = panels * positions * width + image + 16;
       WeightGrad<T> a = common;
       a.wide += g * a.lanes * a.wide_lane;
       a.narrow += g * a.channels * a.narrow_channel;
       T* base = totals.get() + sp * own;
-      a.sum = base + g * split.panels * split.panel_elements;
-      a.sum_sq = coordinates ? a.sum + split.sums() : nullptr;
+      a.sum = kept ? base + g * split.panels * split.panel_elements : nullptr;
+      a.sum_sq = kept && coordinates ? a.sum + split.sums() : nullptr;
+      a.grad = kept ? nullptr : data<T>(out.grad) + g * group;
+      a.grad_sq = kept || !coordinates ? nullptr : data<T>(out.grad_sq) + g * group;
+      a.row = row;
+      a.lanes_outer = lanes_outer;
       a.wide_sum = bias ? base + sums + g * split.panels * width : nullptr;
       a.wide_sum_sq = bias && coordinates ? a.wide_sum + bias_size : nullptr;
       for (T* region : {a.wide_sum, a.wide_sum_sq}) {
         if (region) std::fill(region + first_panel * width, region + last_panel * width, T(0));
       }
       a.norms = task_norms.data() + task * samples;
-      a.chunk = chunk_of<T>(a, sample_size, last_sample - first_sample, panels, coordinates);
-      Scratch<T> scratch(a.chunk * sample_size);
+      a.chunk = last_sample - first_sample;
+      if (kept) {
+        const int64_t size = sample_size(panels);
+        a.chunk = std::min(a.chunk, chunk_of<T>(a, size, a.chunk, panels, coordinates));
+      }
+      Scratch<T> scratch(a.chunk * sample_size(panels));
       a.scratch = scratch.get();
       a.merged = merged;
       weight_grad_range(a, first_sample, last_sample, first_panel, last_panel);
     }
   });
-  const int64_t row = lanes_outer ? common.members : common.lanes;
-  parallel_for(0, groups * split.panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t g = i / split.panels, panel = i % split.panels;
-      const int64_t lanes = std::min(width, common.lanes - panel * width);
-      for (int64_t k = 0; k < (coordinates ? 2 : 1); ++k) {
-        T* sum = totals.get() + k * split.sums() + i * split.panel_elements;
-        add_parts(sum + own, own, split.sample_parts - 1, sum, split.panel_elements);
-        T* to = data<T>(k ? out.grad_sq : out.grad) +
-                (lanes_outer ? (g * common.lanes + panel * width) * row : panel * width);
-        unpack_panel(sum, common.members, width, lanes, lanes_outer, row, to);
-        if (!bias) continue;
-        T* bias_sum = totals.get() + sums + k * bias_size + i * width;
-        add_parts(bias_sum + own, own, split.sample_parts - 1, bias_sum, width);
-        std::copy(bias_sum, bias_sum + lanes,
-                  data<T>(k ? out.wide_grad_sq : out.wide_grad) + g * common.lanes + panel * width);
+  if (kept || bias) {
+    parallel_for(0, groups * split.panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t g = i / split.panels, panel = i % split.panels;
+        const int64_t lanes = std::min(width, common.lanes - panel * width);
+        for (int64_t k = 0; k < (coordinates ? 2 : 1); ++k) {
+          if (kept) {
+            T* sum = totals.get() + k * split.sums() + i * split.panel_elements;
+            add_parts(sum + own, own, split.sample_parts - 1, sum, split.panel_elements);
+            T* to = data<T>(k ? out.grad_sq : out.grad) + g * group +
+                    panel * width * (lanes_outer ? row : 1);
+            unpack_panel(sum, common.members, width, lanes, lanes_outer, row, to);
+          }
+          if (!bias) continue;
+          T* bias_sum = totals.get() + sums + k * bias_size + i * width;
+          add_parts(bias_sum + own, own, split.sample_parts - 1, bias_sum, width);
+          std::copy(
+              bias_sum, bias_sum + lanes,
+              data<T>(k ? out.wide_grad_sq : out.wide_grad) + g * common.lanes + panel * width);
+        }
       }
-    }
-  });
+    });
+  }
   if (merged) {
     parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
       WeightGrad<T> a = common;

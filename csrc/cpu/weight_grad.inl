@@ -200,17 +200,46 @@ ADAGRAD_KERNELS_INLINE void add_wide_sum(const WeightGrad<T>& a, const T* packed
   }
 }
 
+// A finished panel [members][panel_width] to rows of the weight: row = lane (convolution,
+// transposed) or row = member (linear).
+template <class T>
+ADAGRAD_KERNELS_INLINE void unpack(const T* panel, int64_t members, int64_t panel_width,
+                                   int64_t lanes, bool lanes_outer, int64_t out_stride, T* out) {
+  if (lanes_outer) {
+    pack_transposed(panel, panel_width, lanes, members, out_stride, out);
+    return;
+  }
+  for (int64_t m = 0; m < members; ++m) {
+    __builtin_memcpy(out + m * out_stride, panel + m * panel_width, sizeof(T) * lanes);
+  }
+}
+
 template <class T, int NV>
 ADAGRAD_KERNELS_INLINE void panel_of_tiles(const WeightGrad<T>& a, const Chunk<T>& chunk,
                                            const T* wide_panel, int64_t panel, T* norms) {
   constexpr int kMembers = kTileVectors / NV > 14 ? 14 : kTileVectors / NV;
+  constexpr int kBlock = 8;  // tiles that leave the cache together, where no panel is kept
+  constexpr int64_t kWidth = NV * kLanes<T>;
+  alignas(64) T block[2][kBlock * kMembers * kWidth];
   // Equal tiles: 25 members are 13 + 12, not 14 + 11.
   const int64_t tiles = (a.members + kMembers - 1) / kMembers;
+  const bool kept = a.sum != nullptr;
+  int64_t first = 0;  // member of the block
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t m = a.members * i / tiles, end = a.members * (i + 1) / tiles;
-    const int64_t offset = (panel * a.members + m) * a.panel_width;
-    tile_of<T, kMembers, NV>(end - m, a, chunk, wide_panel, a.base + m, a.sum + offset,
-                             a.sum_sq ? a.sum_sq + offset : nullptr, norms);
+    const int64_t offset = (panel * a.members + m) * kWidth, in_block = (m - first) * kWidth;
+    T* sum = kept ? a.sum + offset : block[0] + in_block;
+    T* sum_sq = kept ? (a.sum_sq ? a.sum_sq + offset : nullptr)
+                     : (a.grad_sq ? block[1] + in_block : nullptr);
+    tile_of<T, kMembers, NV>(end - m, a, chunk, wide_panel, a.base + m, sum, sum_sq, norms);
+    if (kept || (i + 1 < tiles && (i + 1) % kBlock != 0)) continue;
+    const int64_t lanes = a.lanes - panel * kWidth < kWidth ? a.lanes - panel * kWidth : kWidth;
+    for (int k = 0; k < (a.grad_sq ? 2 : 1); ++k) {
+      T* to = (k ? a.grad_sq : a.grad) +
+              (a.lanes_outer ? panel * kWidth * a.row + first : first * a.row + panel * kWidth);
+      unpack(block[k], end - first, kWidth, lanes, a.lanes_outer, a.row, to);
+    }
+    first = end;
   }
 }
 
@@ -282,20 +311,6 @@ ADAGRAD_KERNELS_INLINE void gram_range(const WeightGrad<T>& a, int64_t first, in
       for (int64_t m = 0; m < a.members; ++m) v[t * a.members + m] = at[a.base[m]];
     }
     a.norms[s] += gram_sample(u, lanes, v, a.members, positions);
-  }
-}
-
-// A finished panel [members][panel_width] to rows of the weight: row = lane (convolution,
-// transposed) or row = member (linear).
-template <class T>
-ADAGRAD_KERNELS_INLINE void unpack(const T* panel, int64_t members, int64_t panel_width,
-                                   int64_t lanes, bool lanes_outer, int64_t out_stride, T* out) {
-  if (lanes_outer) {
-    pack_transposed(panel, panel_width, lanes, members, out_stride, out);
-    return;
-  }
-  for (int64_t m = 0; m < members; ++m) {
-    __builtin_memcpy(out + m * out_stride, panel + m * panel_width, sizeof(T) * lanes);
   }
 }
 
