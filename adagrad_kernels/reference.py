@@ -1,6 +1,6 @@
 """Every op in plain PyTorch: the truth in tests (in float64) and the fallback elsewhere.
 
-Each function has the name and the signature of its op in `ops.py`, where formulas, shapes and
+Each function has the name and the signature of its op in `ops/`, where formulas, shapes and
 errors are documented.
 """
 
