@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reductions import COUNT
 from ..reference import compute_dtype
 
 
@@ -28,7 +29,7 @@ def adagrad_(
     *options: object,
 ) -> tuple[Tensor, Tensor]:
     norm = params[0].new_empty((), dtype=torch.float64)
-    return norm, norm.new_empty(4 if coordinate_sums else 0)
+    return norm, norm.new_empty(COUNT if coordinate_sums else 0)
 
 
 def adagrad_norm_(
@@ -85,7 +86,7 @@ def linear_adagrad_(
     shape = (grad_out.shape[-1], input.shape[-1])
     rest = _layer_grads(grad_out, shape, capacity, True, bias, coordinates)[1:]
     norm = grad_out.new_empty((), dtype=torch.float64)
-    return norm, norm.new_empty(4 if coordinates else 0), *rest
+    return norm, norm.new_empty(COUNT if coordinates else 0), *rest
 
 
 def conv_weight_grad(
