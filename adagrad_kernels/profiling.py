@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .benchmark.engine import take_turns
-from .benchmark.step_cases import TESTS
 from .coverage import Coverage
 from .observer import observe
 from .optim import AdAdaGrad
 from .profiling_layers import Arguments, calls, forward_and_backward, inside
 from .profiling_report import LayerProfile, Profile, StepProfile
+from .timing import TESTS, take_turns
 
 __all__ = ["LayerProfile", "Profile", "StepProfile", "profile"]
 
