@@ -1,6 +1,6 @@
 """Loads the compiled kernels; where that fails, remembers why instead of raising.
 
-Every op also has a reference in plain PyTorch (`reference.py`), so the package works without
+Every op also has a reference in plain PyTorch (`reference/`), so the package works without
 the compiled part, only slower. `show_config()` tells which of the two runs.
 """
 

@@ -22,10 +22,11 @@ from .distributed import (
     whole,
 )
 from .recorder import Recorder
+from .reductions import CoordinateReductions
 from .selfcheck import check_bounded, parameters_with_grad, unexplained
 from .shards import in_layout, sums_over_ranks
 from .shared import ObservedCall
-from .statistics import CoordinateReductions, GradientStatistics, LazyCoordinates
+from .statistics import GradientStatistics, LazyCoordinates
 
 
 def observe(

@@ -5,30 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .reductions import CoordinateReductions
+
 
 def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
-
-
-class CoordinateReductions(NamedTuple):
-    """What the coordinate-wise tests need of all coordinates, from the update's own pass.
-
-    Attributes:
-        variance_sum: Σ_j var_j.
-        max_ratio: max_j var_j / ḡ_j², 0/0 counting as 0.
-        variance_metric: Σ_j var_j / (√v_j + eps), v AdaGrad's accumulator.
-        grad_metric: Σ_j ḡ_j² / (√v_j + eps).
-    """
-
-    variance_sum: float
-    max_ratio: float
-    variance_metric: float
-    grad_metric: float
 
 
 class LazyCoordinates(Mapping[str, Tensor]):

@@ -1,4 +1,4 @@
-// Registers the compiled kernels under the names that adagrad_kernels/ops.py declares.
+// Registers the compiled kernels under the names that adagrad_kernels/ops/ declares.
 // Stable ABI only: one build runs under every torch from 2.11 on.
 #include <torch/csrc/stable/library.h>
 

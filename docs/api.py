@@ -20,7 +20,8 @@ MODULES = (
 )
 """What people import from; pdoc adds the public modules in them."""
 
-HIDDEN = tuple(f"!adagrad_kernels.functional.{name}" for name in ("conv", "embedding", "linear"))
+NAMESAKES = ("batch_norm", "conv", "embedding", "linear", "recurrent", "scale")
+HIDDEN = tuple(f"!adagrad_kernels.functional.{name}" for name in NAMESAKES)
 """Modules that have the name of a function, which is what their package shows."""
 
 

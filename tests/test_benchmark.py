@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -30,6 +32,18 @@ from adagrad_kernels.benchmark.records import Record
 from adagrad_kernels.layers import ObservedLinear
 
 TINY = 1e-3  # seconds
+
+
+def test_what_needs_what() -> None:
+    """Experiments use the benchmarks, not the reverse; profiling uses neither."""
+    program = """
+import sys
+import adagrad_kernels.profiling
+assert not [name for name in sys.modules if name.startswith("adagrad_kernels.benchmark")]
+import adagrad_kernels.benchmark
+assert not [name for name in sys.modules if name.startswith("adagrad_kernels.experiments")]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ from test_ops_statistics import (  # noqa: F401
 from tolerance import assert_close_to_truth
 
 from adagrad_kernels import ops, reference
+from adagrad_kernels.ops import _schemas
 
 pytestmark = [needs_nvcc, pytest.mark.usefixtures("nan_memory")]
 
@@ -43,15 +44,15 @@ NAMESPACE = "adagrad_kernels_emulated"
 
 @pytest.fixture(scope="module", autouse=True)
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """While this module runs, ops.py calls the emulated ops instead of the CPU's."""
+    """While this module runs, ops/ calls the emulated ops instead of the CPU's."""
     library = torch.library.Library(NAMESPACE, "DEF")
     for name in NAMES:
-        schema = str(getattr(ops._ops, name).default._schema)
+        schema = str(getattr(_schemas.registered, name).default._schema)
         library.define(schema.removeprefix("adagrad_kernels::"))
     torch.ops.load_library(str(build(tmp_path_factory.mktemp("emulated"), Path(toolkit or ""))))
-    plain, ops._ops = ops._ops, getattr(torch.ops, NAMESPACE)
+    plain, _schemas.registered = _schemas.registered, getattr(torch.ops, NAMESPACE)
     yield
-    ops._ops = plain
+    _schemas.registered = plain
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +111,7 @@ def test_more_tensors_than_one_launch_takes(function: str) -> None:
         v = copies(made["sums"], dtype)
         if function == "adagrad_norm_":
             v = torch.tensor(0.5, dtype=torch.float64)
-        call = getattr(reference if results else ops._ops, function)
+        call = getattr(reference if results else _schemas.registered, function)
         rate, decay = (0.1, 0.1) if function == "adagrad_" else ([0.1] * 400, [0.1] * 400)
         found = call(p, g, v, c, rate, 1e-10, decay, False, 0.5, 4)
         results.append((p, found, v))

@@ -1,5 +1,6 @@
 """`adagrad_kernels.functional`: the values of torch's functions, the probe's gradient, errors."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,7 @@ def cases() -> dict[str, Case]:
             randn(3, 4, 5), randn(4), randn(4),
         ),
         "rms_norm": (
-            lambda x, w, b, *probes: af.rms_norm(x, (2, 4), w, None, *probes),
+            lambda x, w, b, probe, of, _: af.rms_norm(x, (2, 4), w, None, probe, of),
             lambda x, w, b: F.rms_norm(x, (2, 4), w), randn(3, 5, 2, 4), randn(2, 4), None,
         ),
         "group_norm, channels last": (
@@ -242,6 +243,16 @@ def test_inputs_without_samples() -> None:
         af.layer_norm(torch.ones(4), (4,), leaf(torch.ones(4)), None, 1e-5, probe)
     with pytest.raises(ValueError, match="no sample dimension"):
         af.rms_norm(torch.ones(4), (4,), leaf(torch.ones(4)), 1e-5, probe)
+
+
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_inputs_without_channels(shape: tuple[int, ...]) -> None:
+    x, w, probe = torch.ones(shape), leaf(torch.ones(4)), leaf(torch.zeros(2, 4))
+    expected = re.escape(f"expected an input [samples, channels, …], got shape {list(shape)}")
+    with pytest.raises(ValueError, match=f"batch_norm: {expected}"):
+        af.batch_norm(x, None, None, w, None, True, 0.1, 1e-5, probe)
+    with pytest.raises(ValueError, match=f"group_norm: {expected}"):
+        af.group_norm(x, 2, w, None, 1e-5, probe)
 
 
 PRODUCTS = [(70, 90, 100), (16, 24, 130, 40), (3, 5, 40, 90, 60)]  # [..., I] and O

@@ -1,4 +1,4 @@
-"""`reference.py`, the truth of all op tests, against torch's own functions and autograd."""
+"""`reference/`, the truth of all op tests, against torch's own functions and autograd."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adagrad_kernels import reference
+from adagrad_kernels.reductions import MAX_RATIO, CoordinateReductions
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -184,7 +185,7 @@ def test_norm(name: str, weight: bool, bias: bool, coordinates: bool) -> None:
 def test_per_sample_gradients_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     x, g = randn(7, 3, 4), randn(7, 3, 2)
     whole = reference.linear_weight_grad(g, x, 7, True, True, True)
-    monkeypatch.setattr(reference, "_PIECE", 2 * 8)  # two samples at a time
+    monkeypatch.setattr(reference.layers, "_PIECE", 2 * 8)  # two samples at a time
     pieces = reference.linear_weight_grad(g, x, 7, True, True, True)
     for a, b in zip(pieces, whole, strict=True):
         close(a, b)
@@ -251,10 +252,13 @@ def test_reductions_are_those_of_the_samples(scalar: bool) -> None:
         _, found = reference.adagrad_(w, grads, vs, squares, 0.1, eps, 0, False, scale, n)
         roots = [x.sqrt() + eps for x in vs]
     variance, mean = [x.var(0) for x in g], [x.mean(0) for x in g]
-    close(found[0], sum(x.sum() for x in variance))
-    close(found[1], max((x / m**2).max() for x, m in zip(variance, mean, strict=True)))
-    close(found[2], sum((x / r).sum() for x, r in zip(variance, roots, strict=True)))
-    close(found[3], sum((m**2 / r).sum() for m, r in zip(mean, roots, strict=True)))
+    expected = CoordinateReductions(
+        variance_sum=sum(x.sum() for x in variance),
+        max_ratio=max((x / m**2).max() for x, m in zip(variance, mean, strict=True)),
+        variance_metric=sum((x / r).sum() for x, r in zip(variance, roots, strict=True)),
+        grad_metric=sum((m**2 / r).sum() for m, r in zip(mean, roots, strict=True)),
+    )
+    close(found, torch.stack(expected))
 
 
 def test_zero_variance_over_zero_mean_counts_as_zero() -> None:
@@ -264,7 +268,7 @@ def test_zero_variance_over_zero_mean_counts_as_zero() -> None:
     # contributions ±1 of four samples: variance without a mean
     squares = torch.tensor([4.0, 0.0], dtype=torch.float64)
     _, found = reference.adagrad_([one], [zero], [one.clone()], [squares], 0.1, 0, 0, False, 1, 4)
-    assert found[1] == torch.inf
+    assert found[MAX_RATIO] == torch.inf
 
 
 def test_pool_samples() -> None:

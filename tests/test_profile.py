@@ -16,7 +16,8 @@ from adagrad_kernels import profiling
 from adagrad_kernels.cli import main
 from adagrad_kernels.costs import Cost
 from adagrad_kernels.coverage import Coverage
-from adagrad_kernels.profiling import FIXED, LayerProfile, Profile, StepProfile, profile
+from adagrad_kernels.profiling import LayerProfile, Profile, StepProfile, profile
+from adagrad_kernels.profiling_report import FIXED
 
 TESTS = ["norm test", "inner-product test", "norms + coordinates"]
 MODELS = '''

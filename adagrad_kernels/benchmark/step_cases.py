@@ -13,21 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from .. import AdAdaGrad, CoordinateNormTest, InnerProductTest, NormTest
+from .. import AdAdaGrad, NormTest, models
 from ..criteria import Criterion
-from ..experiments import models
+from ..timing import TESTS
 from .engine import Case, Variant, require_equal
 
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "initial_accumulator_value": 1.0}
 """Of every AdaGrad here. From an empty accumulator the first step is lr · sign(g), in which the
 rounding of a gradient near 0 shows in full, so that results could not be compared."""
-
-TESTS: dict[str, Criterion] = {
-    "norm test": NormTest(0.1),
-    "inner-product test": InnerProductTest(0.1),
-    "norms + coordinates": CoordinateNormTest(0.1),
-}
-"""Of the steps that are timed, by what they need."""
 
 ROUNDINGS = 64
 """Always allowed in the statistics of a whole model: one layer's pass through all the others."""

@@ -13,16 +13,18 @@ Arguments that all functions share:
 - `probe`: zeros [2, capacity] that require grad, capacity ≥ b; float32, or float64 for float64
   layers;
 - `weight_probe`: a tensor of the weight's shape that requires grad; its gradient is Σ_i c_i²;
-- `bias_probe`: likewise for the bias;
+- `bias_probe`: likewise for the bias, where there is one (not of `embedding` and `rms_norm`);
 - `call`: who is told of the backward pass, see `Call`.
 """
 
 from ._call import NOBODY, Call, CallListener, WeightUpdate, listen
+from .batch_norm import batch_norm
 from .conv import conv, conv_transpose
 from .embedding import embedding
 from .linear import linear
-from .normalisation import batch_norm, group_norm, layer_norm, rms_norm, scale
+from .normalisation import group_norm, layer_norm, rms_norm
 from .recurrent import recurrent
+from .scale import scale
 
 __all__ = [
     "NOBODY",

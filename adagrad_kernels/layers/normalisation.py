@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import functional
-from ..functional.normalisation import by_channel
+from ..functional._affine import by_channel
 from .base import ObservedLayer
 
 
@@ -61,7 +61,10 @@ class ObservedRMSNorm(_Affine, nn.RMSNorm):
         """As `torch.nn.RMSNorm`."""
         if not self.measures():
             return super().forward(x)
-        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, *self.probes(x))
+        probe, weight_probe, _, call = self.probes(x)
+        return functional.rms_norm(
+            x, self.normalized_shape, self.weight, self.eps, probe, weight_probe, call
+        )
 
 
 class ObservedGroupNorm(_Affine, nn.GroupNorm):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..criteria import Criterion
 from ..observer import Observer
 from ..recorder import outside_graphs
+from ..reductions import pooled, unscaled
 from .cycle import BatchCycle, named_trainable
 from .cycled import Cycled, check_state
 
@@ -41,14 +42,7 @@ def check_max_grad_norm(owner: str, max_grad_norm: float | None) -> None:
 
 def pooled_reductions(parts: list[Tensor]) -> Tensor | None:
     """Those of several calls of `ops.adagrad_` as one; None if any of them had no sums."""
-    if not all(part.numel() for part in parts):
-        return None
-    if len(parts) == 1:
-        return parts[0]
-    table = torch.stack(parts)
-    pooled = table.sum(0)
-    pooled[1] = table[:, 1].max()
-    return pooled
+    return pooled(parts) if all(part.numel() for part in parts) else None
 
 
 class AdaptiveAdagrad(Cycled, Optimizer):
@@ -222,7 +216,7 @@ class AdaptiveAdagrad(Cycled, Optimizer):
             return self._update(work, gradient_scale)
         _, reductions = self._update(work, gradient_scale * factor)
         if reductions is not None:
-            reductions[[0, 2, 3]] /= factor**2  # max_j var_j/ḡ_j² is the same
+            reductions = unscaled(reductions, factor)
         return share, reductions
 
     def state_dict(self) -> dict[str, Any]:

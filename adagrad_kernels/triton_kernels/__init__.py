@@ -1,4 +1,4 @@
-"""Triton kernels, registered for CUDA devices under the names that `ops.py` declares.
+"""Triton kernels, registered for CUDA devices under the names that `ops/` declares.
 
 One module a family; each says what its kernels cost and why their tiles are what they are. Where
 the compiled library brings a CUDA kernel of its own, that one stays. Modules are imported, and

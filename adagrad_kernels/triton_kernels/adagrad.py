@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reductions import COUNT
 from . import common
 
 BLOCK = 1024
-TERMS = 5  # ‖g‖², Σ var, max var/g², Σ var/root, Σ g²/root
+TERMS = 1 + COUNT  # ‖g‖², and the reductions: Σ var, max var/g², Σ var/root, Σ g²/root
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-// The CPU ops as the dispatcher calls them: schemas in adagrad_kernels/ops.py, which also
+// The CPU ops as the dispatcher calls them: schemas in adagrad_kernels/ops/, which also
 // states formulas and shapes. Registered in binding.cpp.
 #pragma once
 

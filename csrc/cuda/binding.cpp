@@ -1,4 +1,4 @@
-// Registers the CUDA kernels under the names that adagrad_kernels/ops.py declares. Compiled only
+// Registers the CUDA kernels under the names that adagrad_kernels/ops/ declares. Compiled only
 // where setup.py finds nvcc.
 #include <torch/csrc/stable/library.h>
 

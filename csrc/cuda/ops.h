@@ -1,4 +1,4 @@
-// The CUDA ops as the dispatcher calls them: schemas in adagrad_kernels/ops.py, which also
+// The CUDA ops as the dispatcher calls them: schemas in adagrad_kernels/ops/, which also
 // states formulas and shapes. Registered in binding.cpp. None waits for the device and all memory
 // comes from torch's allocator, so each can be captured in a graph.
 #pragma once

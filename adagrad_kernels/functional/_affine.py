@@ -1,0 +1,78 @@
+"""What layers with a scale and a shift by channel share: their gradients.
+
+The backward pass of a normalisation is one op, `ops.norm_backward`, and that of the affine part
+`ops.scale_weight_grad`; both take views [b, T, C, S] of the tensors (channels C, positions T before
+and S after them).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import ops
+from ._call import as_grad, counted, tell
+
+
+def affine_grads(
+    ctx: Any,
+    affine: list[Tensor],
+    view: tuple[int, ...],
+    grad_out: Tensor,
+    x: Tensor,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    input_grad: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, weight, bias, probe, weight_probe, bias_probe), a forward's first arguments.
+
+    Args:
+        ctx: of the autograd function.
+        affine: weight, bias and probe.
+        view: [b, T, C, S], as which grad_out and x are seen.
+        grad_out: gradient of the output.
+        x: the input.
+        mean: the statistics [b, T, G, 1] or [1, 1, C, 1] by which x is normalised, if any.
+        rstd: likewise.
+        input_grad: False if they are not taken from x: then x's gradient is left to the caller.
+    """
+    weight, bias, probe = affine
+    need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
+    wanted = (probe.shape[1], need_w, need_b, need_ws or need_bs)
+    g, a = grad_out.reshape(view), x.reshape(view)
+    statistics = (t.expand(view[0], -1, -1, -1) for t in (mean, rstd) if t is not None)
+    saved = (a, *statistics, g)
+    tell(ctx.call, *saved)
+    grad_x = None
+    if need_x and input_grad and rstd is not None:
+        grad_x, *found = ops.norm_backward(g, a, mean, rstd, weight.reshape(-1), *wanted)
+        grad_x = grad_x.reshape(x.shape)
+    else:
+        m, r = (t if t is None else by_channel(t, view[2]) for t in (mean, rstd))
+        found = ops.scale_weight_grad(g, a, m, r, *wanted)
+    grad_w, grad_b, grad_p, sums_w, sums_b = found
+    return (
+        grad_x,
+        as_grad(grad_w.reshape(weight.shape), weight.dtype, True) if need_w else None,
+        as_grad(grad_b.reshape(bias.shape), bias.dtype, True) if need_b else None,
+        counted(grad_p, probe, ctx.call, *saved),
+        sums_w.reshape(weight.shape) if need_ws else None,
+        sums_b.reshape(bias.shape) if need_bs else None,
+    )
+
+
+def by_channel(statistic: Tensor, channels: int) -> Tensor:
+    """[b, T, G, 1] for each of the channels, where there are groups of them."""
+    groups = statistic.shape[2]
+    return (
+        statistic.repeat_interleave(channels // groups, 2) if 1 < groups < channels else statistic
+    )
+
+
+def check_channels(x: Tensor, name: str) -> None:
+    """That the input has samples and channels."""
+    if x.dim() < 2:
+        raise ValueError(
+            f"{name}: expected an input [samples, channels, …], got shape {list(x.shape)}"
+        )
