@@ -20,6 +20,11 @@ PROBE_CHANGED = (
     "samples (expand what is shared: positions.expand(samples, -1)), on one device"
 )
 
+UNSEEN_DISAGREEMENT = (
+    "the layers disagree about the number of samples, or a layer was used twice in one backward "
+    "pass of a compiled model; run one step without torch.compile to learn which"
+)
+
 
 def repeated(layer: str) -> str:
     """More backward passes through a layer than forward passes."""

@@ -9,24 +9,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import faults, ops
 from .attachment import attach, detached_class
 from .coverage import Coverage, coverage_of
-from .distributed import (
-    Group,
-    Ranks,
-    check_same_gradient,
-    data_parallel_group,
-    is_sharded,
-    local,
-    whole,
-)
+from .distributed import Group, Ranks, check_same_gradient, data_parallel_group, is_sharded
+from .measurements import along, by_coordinate
 from .recorder import Recorder
 from .reductions import CoordinateReductions
-from .selfcheck import check_bounded, parameters_with_grad, unexplained
-from .shards import in_layout, sums_over_ranks
-from .shared import ObservedCall
-from .statistics import GradientStatistics, LazyCoordinates
+from .selfcheck import check_bounded, check_calls, parameters_with_grad, unexplained
+from .shards import sums_over_ranks
+from .statistics import GradientStatistics
 
 
 def observe(
@@ -266,7 +258,12 @@ class Observer(Recorder):
         self._check_calls(with_grad, least, most, outside)
         sum_norms_sq = sum_sq * (n * gradient_scale) ** 2
         check_bounded(n, sum_norms_sq, mean_norm_sq)
-        mean, variance = self._by_coordinate(grads, n, gradient_scale, lazy=bool(found))
+        mean = variance = None
+        if self.coordinates:
+            measured = {
+                self._names[p]: (grads[p], sums) for p, sums in self._coordinate_sums(grads).items()
+            }
+            mean, variance = by_coordinate(measured, n, gradient_scale, lazy=bool(found))
         return GradientStatistics(
             batch_size=n,
             sum_norms_sq=sum_norms_sq,
@@ -309,60 +306,17 @@ class Observer(Recorder):
     def _check_calls(
         self, with_grad: dict[str, nn.Parameter], least: float, most: float, outside: float
     ) -> None:
-        """That every parameter with a gradient was measured, each layer once a sample."""
-        measured = self._measured_layers()
-        missing = [name for name in with_grad if name not in measured]
-        untold_calls = most - self._told_calls  # of compiled graphs
-        if missing and len(missing) > untold_calls:
-            names = ", ".join(repr(self._names[with_grad[name]]) for name in missing)
-            raise RuntimeError(
-                f"parameters got a gradient but no statistics: among {names}. They were used "
-                "outside their layer's forward, or their gradient is an old one: call the layer, "
-                "and zero_grad(set_to_none=True) after each step"
-            )
-        tied = {layer.observed_name for layer in self._tied}
-        if untold_calls > 0 and (self.inner_products or (tied and not tied & self._seen)):
-            what = "inner products" if self.inner_products else "tied weights"
-            raise RuntimeError(
-                f"{what} cannot be measured where a CUDA graph is replayed: run without, or take "
-                "another criterion"
-            )
-        if outside or (untold_calls > 0 and (least != most or untold_calls > len(missing))):
-            raise RuntimeError(
-                "the layers disagree about the number of samples, or a layer was used twice in "
-                "one backward pass of a compiled model; run one step without torch.compile to "
-                "learn which"
-            )
-
-    def _by_coordinate(
-        self, grads: dict[nn.Parameter, Tensor], n: int, gradient_scale: float, lazy: bool
-    ) -> tuple[Mapping[str, Tensor] | None, Mapping[str, Tensor] | None]:
-        """(ḡ, variance) of every coordinate, by the parameter's name."""
-        if not self.coordinates:
-            return None, None
-        of_name = {
-            self._names[p]: (grads[p], local(grads[p]).to(sums.dtype), sums)
-            for p, sums in self._coordinate_sums(grads).items()
-        }
-        # (Σ g_ij² − N ḡ_j²)/(N − 1), with g_i = N·scale·c_i, ḡ = scale·grad
-        unit = n * gradient_scale**2 / (n - 1) if n > 1 else float("nan")
-
-        def means() -> dict[str, Tensor]:
-            return {
-                name: in_layout(grad * gradient_scale, like)
-                for name, (like, grad, _) in of_name.items()
-            }
-
-        def variances() -> dict[str, Tensor]:
-            found = {}
-            for name, (like, grad, sums) in of_name.items():
-                value = (sums * (n * unit)).addcmul_(grad, grad, value=-unit).clamp_(min=0)
-                found[name] = in_layout(value, like)
-            return found
-
-        if not lazy:
-            return means(), variances()
-        return LazyCoordinates(of_name, means), LazyCoordinates(of_name, variances)
+        """`check_calls`, with what the probe says."""
+        check_calls(
+            {layer: self._names[p] for layer, p in with_grad.items()},
+            self._seen,
+            {layer.observed_name for layer in self._tied},
+            most - self._told_calls,
+            agree=not outside and least == most,
+            inner_products=self.inner_products,
+        )
+        if outside:
+            raise RuntimeError(faults.UNSEEN_DISAGREEMENT)
 
     def coordinate_sums(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Σ_i c_i² of each of these parameters, for `ops.adagrad_`; empty if not all are known."""
@@ -398,17 +352,8 @@ class Observer(Recorder):
         if not self.inner_products:
             return None
         with torch.no_grad():
-            products = torch.cat([self._contracted(calls, grads) for calls in self._kept_calls])
+            found = [
+                along(calls, grads, self._dtype, self.probe.device) for calls in self._kept_calls
+            ]
+        products = torch.cat(found)
         return self.ranks.gather(products * (n * gradient_scale**2 / self.ranks.size))
-
-    def _contracted(self, calls: list[ObservedCall], grads: dict[nn.Parameter, Tensor]) -> Tensor:
-        """⟨c_i, grad⟩ of the samples of one micro-batch."""
-        total = torch.zeros(calls[0].samples, dtype=self._dtype, device=self.probe.device)
-        for call in calls:
-            trainable = call.layer.trainable()
-            params = {
-                k: whole(grads[p]).to(self._dtype) for k, p in trainable.items() if p in grads
-            }
-            if params:
-                total = total + call.layer.contract(call.call, call.saved, params)
-        return total

@@ -11,11 +11,12 @@ over them: the sums agree before G was averaged and after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 
 import torch
 from torch import Tensor, nn
 
+from . import faults
 from .distributed import Ranks, is_sharded
 from .shared import ObservedCall
 
@@ -72,6 +73,47 @@ def unexplained(
                 "into weight_decay"
             )
     return ""
+
+
+def check_calls(
+    with_grad: Mapping[str, str],
+    seen: Set[str],
+    tied: Set[str],
+    unseen_calls: float,
+    agree: bool,
+    inner_products: bool,
+) -> None:
+    """That every parameter with a gradient was measured, each layer once a sample.
+
+    Calls of compiled graphs are counted by the probe alone, as a rule: "unseen".
+
+    Args:
+        with_grad: layers with a gradient, and one of its parameters' names.
+        seen: layers whose calls have reported.
+        tied: layers that share parameters.
+        unseen_calls: how many calls a sample the probe has counted beyond those.
+        agree: whether all samples have as many.
+        inner_products: whether these are measured, for which calls must report.
+
+    Raises:
+        RuntimeError: otherwise.
+    """
+    missing = [layer for layer in with_grad if layer not in seen | tied]
+    if missing and len(missing) > unseen_calls:
+        names = ", ".join(repr(with_grad[layer]) for layer in missing)
+        raise RuntimeError(
+            f"parameters got a gradient but no statistics: among {names}. They were used "
+            "outside their layer's forward, or their gradient is an old one: call the layer, "
+            "and zero_grad(set_to_none=True) after each step"
+        )
+    if unseen_calls > 0 and (inner_products or (tied and not tied & seen)):
+        what = "inner products" if inner_products else "tied weights"
+        raise RuntimeError(
+            f"{what} cannot be measured where a CUDA graph is replayed: run without, or take "
+            "another criterion"
+        )
+    if unseen_calls > 0 and (not agree or unseen_calls > len(missing)):
+        raise RuntimeError(faults.UNSEEN_DISAGREEMENT)
 
 
 def check_bounded(batch_size: int, sum_norms_sq: float, mean_norm_sq: float) -> None:

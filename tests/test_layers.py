@@ -366,3 +366,13 @@ def test_a_penalty_on_weights_is_an_error(device: torch.device) -> None:
     (loss(model(torch.randn(6, 4, device=device))) + model.weight.square().sum()).backward()
     with pytest.raises(RuntimeError, match="weight_decay"):
         observer.statistics()
+
+
+def test_prelu_of_one_number_a_sample(device: torch.device) -> None:
+    layer, x = nn.PReLU().to(device), torch.tensor([1.0, -2.0, 3.0], device=device)
+    plain = layer(x)
+    observer = ak.observe(layer)
+    y = layer(x)
+    assert torch.equal(y, plain)
+    y.sum().backward()
+    assert (observer.statistics().sample_norms_sq / 9).tolist() == [0, 4, 0]

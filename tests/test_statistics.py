@@ -170,7 +170,7 @@ def test_the_device_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(8, 2))
     observer = ak.observe(model, coordinates=True)
     model(torch.randn(4, 1, 3, 3)).sum().backward()  # the first pass checks itself
-    observer.reset()
+    observer.reset(), model.zero_grad()
     with Transfers() as transfers:
         for _ in range(3):
             model(torch.randn(4, 1, 3, 3)).square().mean().backward()

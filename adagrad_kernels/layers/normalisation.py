@@ -165,6 +165,7 @@ class ObservedPReLU(_Affine, nn.PReLU):
         """As `torch.nn.PReLU`."""
         if not self.measures():
             return super().forward(input)
-        probes = self.probes(input)
-        negative = functional.scale(input.clamp(max=0), self.weight, None, 1, *probes)
-        return F.relu(input) + negative
+        x = input.unsqueeze(1) if input.dim() == 1 else input  # one number a sample
+        probes = self.probes(x)
+        negative = functional.scale(x.clamp(max=0), self.weight, None, 1, *probes)
+        return F.relu(input) + negative.reshape(input.shape)
