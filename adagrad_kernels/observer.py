@@ -111,7 +111,7 @@ class Observer(Recorder):
         self._with_grad: dict[str, nn.Parameter] = {}  # of the last check
         for layer in self._layers:
             layer.coordinate_probes()
-            layer.tells_from_graphs = self.inner_products or layer in tied
+            layer.notifies_from_graphs = self.inner_products or layer in tied
 
     @property
     def abandoned(self) -> bool:
@@ -165,7 +165,7 @@ class Observer(Recorder):
         """Raises what is known to be wrong with the measurements so far.
 
         One transfer from the device if something seems to be missing: in a compiled model, which
-        tells of its calls through the probe alone, when these parameters get gradients for the
+        shows its calls through the probe alone, when these parameters get gradients for the
         first time (later `statistics` finds out); otherwise none.
 
         Raises:
@@ -311,7 +311,7 @@ class Observer(Recorder):
             {layer: self._names[p] for layer, p in with_grad.items()},
             self._seen,
             {layer.observed_name for layer in self._tied},
-            most - self._told_calls,
+            most - self._notified_calls,
             agree=not outside and least == most,
             inner_products=self.inner_products,
         )

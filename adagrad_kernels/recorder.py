@@ -1,4 +1,4 @@
-"""What the backward passes of a model tell: probes, calls, micro-batches, faults."""
+"""Records of the backward passes of a model: probes, calls, micro-batches, faults."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Recorder:
         self.probe = torch.empty(0)
         self._make_probe(1024, next(iter(names)).device)
         self._coordinate_probes: dict[nn.Parameter, Tensor] = {}
-        self._calling: Counter[int] = Counter()  # eager calls by key, since the last backward pass
+        self._forward_calls: Counter[int] = Counter()  # eager ones by key, since the last backward
         self._pending: Counter[int] = Counter()  # those whose backward pass is still to come
         self._calls: list[ObservedCall] = []
         self._unexplained = True
@@ -91,7 +91,7 @@ class Recorder:
         self._faults: list[str] = []
         self._seen: set[str] = set()
         self._last_seen: set[str] = set()
-        self._told_calls = 0
+        self._notified_calls = 0
         self._checked_passes = -1  # after how many backward passes the gradients were looked at
         self._cross_sums: dict[Tensor, Tensor] = {}  # by coordinate probe
 
@@ -131,34 +131,36 @@ class Recorder:
             self._coordinate_probes[parameter] = probe
         return probe
 
-    def calling(self, call: Call) -> None:
-        """Told by each eager layer call in the forward pass."""
+    def on_forward(self, call: Call) -> None:
+        """Notified of each eager layer call in the forward pass."""
         if torch._C._current_graph_task_id() == -1:  # a checkpoint's second forward is no new call
-            self._calling[call.key] += 1
+            self._forward_calls[call.key] += 1
             self._pending[call.key] += 1
             if self._unexplained:
                 self._had_grads |= any(p.grad is not None for p in self._names)
         elif not self._pending[call.key]:  # of a reentrant checkpoint, whose first had no graph
             self._pending[call.key] = 1
 
-    def called(self, layer: ObservedLayer, call: Call, saved: tuple[Tensor, ...]) -> None:
-        """Told by each layer call's backward pass, unless a compiled graph does not tell."""
+    def on_backward(self, layer: ObservedLayer, call: Call, saved: tuple[Tensor, ...]) -> None:
+        """Notified of each layer call's backward pass; by compiled graphs only if asked to."""
         task = torch._C._current_graph_task_id()
         if task != self._task:  # what is left is of a pass without the probe: autograd.grad's
             self._task, self._calls = task, []
             self._suspicion = self._gradient_fault(in_time=True)
         if self.updater is not None:
-            self.updater.called(saved[0].shape[0])
-        if self._unexplained and not self._calling[call.key]:  # by a graph, not in forward either
+            self.updater.on_backward(saved[0].shape[0])
+        if (
+            self._unexplained and not self._forward_calls[call.key]
+        ):  # by a graph, not in forward either
             self._had_grads |= any(p.grad is not None for p in self._names)
         needed = self.inner_products or self._unexplained
-        needed = needed or layer in self._tied or self._calling[call.key] > 1
+        needed = needed or layer in self._tied or self._forward_calls[call.key] > 1
         kept = tuple(t.detach() for t in saved) if needed else ()
         self._calls.append(ObservedCall(layer, call, saved[0].shape[0], kept))
 
     def used_once(self, layer: ObservedLayer, call: Call) -> bool:
         """Whether this is the layer's only call in the forward pass, and nothing of it is tied."""
-        return self._calling[call.key] == 1 and layer not in self._tied
+        return self._forward_calls[call.key] == 1 and layer not in self._tied
 
     def _collect(self, probe: Tensor) -> None:
         """The hook: one backward pass is over, and the probe's gradient is complete."""
@@ -189,7 +191,9 @@ class Recorder:
                 )
             elif len({call.call.key for call in calls}) < len(calls) or self._tied:
                 self._add_cross_terms(probe.grad, calls, rows)
-            self._told_calls = max(self._told_calls, sum(call.call.counts for call in calls))
+            self._notified_calls = max(
+                self._notified_calls, sum(call.call.counts for call in calls)
+            )
             self._seen |= names
             self._last_seen = names
             if self.inner_products:
@@ -199,7 +203,7 @@ class Recorder:
                 if not self._had_grads and not self._faults:
                     self._explain_when_complete(calls, probe.grad[0].sum())
             self._calls = []
-            self._calling.clear()
+            self._forward_calls.clear()
         self._micro_batches.append((probe.grad, rows))
         probe.grad = None
         if self.ranks.size == 1:  # otherwise they are still to be averaged
@@ -222,7 +226,7 @@ class Recorder:
     def _note_gradient(self, layers: list[ObservedLayer]) -> None:
         """At the end of a backward pass: which version one of the gradients has.
 
-        One that the coming passes add to after the first call of these layers has told of itself;
+        One that the coming passes add to after the first of these layers has notified of itself;
         without layers, as of a compiled model, any.
         """
         measured = (p for layer in layers for p in parameters_with_grad(cast(nn.Module, layer)))
@@ -317,7 +321,7 @@ class Recorder:
     def reset(self) -> None:
         """Forgets what was measured, for the next step. Gradients are not touched."""
         self._calls = []
-        self._calling.clear()
+        self._forward_calls.clear()
         self._to_explain = None
         self._forget()
         for probe in self._coordinate_probes.values():

@@ -232,7 +232,7 @@ def test_untold_calls_cannot_be_told_apart(
     observer = ak.observe(model, inner_products=True)
     squares(compile_model(model)(x), y).backward()
     observer.reset()
-    monkeypatch.setattr(_call, "_tell", lambda *_: None)
+    monkeypatch.setattr(_call, "_notify", lambda *_: None)
     model.zero_grad()
     squares(compile_model(model)(x), y).backward()
     with pytest.raises(RuntimeError, match="inner products cannot be measured where a CUDA graph"):

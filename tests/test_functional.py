@@ -203,7 +203,7 @@ def test_listeners_are_told_and_not_kept_alive() -> None:
         def __init__(self) -> None:
             self.told: list[tuple[int, ...]] = []
 
-        def called(self, call: af.Call, saved: tuple[Tensor, ...]) -> None:
+        def on_backward(self, call: af.Call, saved: tuple[Tensor, ...]) -> None:
             self.told.append(tuple(t.shape[0] for t in saved))
 
     listener = Listener()
@@ -220,7 +220,9 @@ def test_listeners_are_told_and_not_kept_alive() -> None:
 
 def test_embedding_does_not_guess_what_one_dimension_means() -> None:
     probe = leaf(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"do not tell samples from positions.*unsqueeze\(1\)"):
+    with pytest.raises(
+        ValueError, match=r"do not distinguish samples from positions.*unsqueeze\(1\)"
+    ):
         af.embedding(torch.tensor([0, 1]), leaf(torch.ones(3, 2)), None, probe)
 
 

@@ -14,10 +14,10 @@ Arguments that all functions share:
   layers;
 - `weight_probe`: a tensor of the weight's shape that requires grad; its gradient is Σ_i c_i²;
 - `bias_probe`: likewise for the bias, where there is one (not of `embedding` and `rms_norm`);
-- `call`: who is told of the backward pass, see `Call`.
+- `call`: who is notified of the backward pass, see `Call`.
 """
 
-from ._call import NOBODY, Call, CallListener, WeightUpdate, listen
+from ._call import NO_LISTENER, Call, CallListener, WeightUpdate, listen
 from .batch_norm import batch_norm
 from .conv import conv, conv_transpose
 from .embedding import embedding
@@ -27,7 +27,7 @@ from .recurrent import recurrent
 from .scale import scale
 
 __all__ = [
-    "NOBODY",
+    "NO_LISTENER",
     "Call",
     "CallListener",
     "WeightUpdate",

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import ops
-from ._call import as_grad, counted, tell
+from ._call import as_grad, counted, notify
 
 
 def affine_grads(
@@ -43,7 +43,7 @@ def affine_grads(
     g, a = grad_out.reshape(view), x.reshape(view)
     statistics = (t.expand(view[0], -1, -1, -1) for t in (mean, rstd) if t is not None)
     saved = (a, *statistics, g)
-    tell(ctx.call, *saved)
+    notify(ctx.call, *saved)
     grad_x = None
     if need_x and input_grad and rstd is not None:
         grad_x, *found = ops.norm_backward(g, a, mean, rstd, weight.reshape(-1), *wanted)

@@ -1,4 +1,4 @@
-"""What the functions share: who is told of a call's backward pass, checks, autocast."""
+"""What the functions share: listeners to backward passes, checks, autocast."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .._library import NAMESPACE
 
 
 class CallListener(Protocol):
-    """Told of every backward pass through a call that has a key."""
+    """Notified of every backward pass through a call that has a key."""
 
-    def called(self, call: Call, saved: tuple[Tensor, ...]) -> None:
+    def on_backward(self, call: Call, saved: tuple[Tensor, ...]) -> None:
         """This call took part; `saved` are its operands, the samples in dim 0, grad_out last.
 
         They may require grad: detach what is kept.
@@ -53,19 +53,19 @@ class Call(NamedTuple):
     compiled: bool = False
 
 
-NOBODY = Call()
-"""The call that nobody is told of."""
+NO_LISTENER = Call()
+"""The call without a listener."""
 
 _listeners: weakref.WeakValueDictionary[int, CallListener] = weakref.WeakValueDictionary()
 _keys = itertools.count(1)
 
 
 def listen(listener: CallListener) -> int:
-    """A new key whose calls are told to `listener` (held weakly).
+    """A new key, of whose calls `listener` (held weakly) is notified.
 
     Example:
         >>> class Printer:
-        ...     def called(self, call, saved):
+        ...     def on_backward(self, call, saved):
         ...         print("backward of", [list(t.shape) for t in saved])
         >>> printer, probe = Printer(), torch.zeros(2, 3).requires_grad_()
         >>> x, w = torch.ones(3, 2), torch.ones(1, 2).requires_grad_()
@@ -78,30 +78,34 @@ def listen(listener: CallListener) -> int:
     return key
 
 
-def tell(call: Call, *saved: Tensor) -> None:
-    """Tells the call's listener of its backward pass; in a compiled graph `counted` does."""
+def notify(call: Call, *saved: Tensor) -> None:
+    """Notifies the call's listener of its backward pass; in a compiled graph `counted` does."""
     if call.key and not torch.compiler.is_compiling():
-        _tell(call, saved)
+        _notify(call, saved)
 
 
-def _tell(call: Call, saved: Sequence[Tensor]) -> None:
+def _notify(call: Call, saved: Sequence[Tensor]) -> None:
     listener = _listeners.get(call.key)
     if listener is not None:
-        listener.called(call, tuple(saved))
+        listener.on_backward(call, tuple(saved))
 
 
-# A replayed CUDA graph would tell nobody.
-@torch.library.custom_op(f"{NAMESPACE}::tell", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _tell_from_graph(grad_probe: Tensor, key: int, counts: bool, saved: Sequence[Tensor]) -> Tensor:
-    """`tell` as a node of a compiled graph, which stays there because its result is used.
+# A replayed CUDA graph would notify nobody.
+@torch.library.custom_op(
+    f"{NAMESPACE}::notify", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _notify_from_graph(
+    grad_probe: Tensor, key: int, counts: bool, saved: Sequence[Tensor]
+) -> Tensor:
+    """`notify` as a node of a compiled graph, which stays there because its result is used.
 
     The listener gets copies: the compiler reuses the memory of what the graph needs no longer.
     """
-    _tell(Call(key, counts, compiled=True), [t.clone() for t in saved])
+    _notify(Call(key, counts, compiled=True), [t.clone() for t in saved])
     return grad_probe.clone()
 
 
-@_tell_from_graph.register_fake
+@_notify_from_graph.register_fake
 def _(grad_probe: Tensor, key: int, counts: bool, saved: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(grad_probe)
 
@@ -127,10 +131,10 @@ def refuse_double_backward() -> None:
 
 
 def counted(grad_probe: Tensor, probe: Tensor, call: Call, *saved: Tensor) -> Tensor:
-    """The probe's gradient, without row 1 where the call does not count; `saved` as for `tell`."""
+    """The probe's gradient, without row 1 if the call does not count; `saved` as for `notify`."""
     grad_probe = grad_probe.to(probe.dtype)
     if call.key and torch.compiler.is_compiling():
-        grad_probe = cast(Tensor, _tell_from_graph(grad_probe, call.key, call.counts, saved))
+        grad_probe = cast(Tensor, _notify_from_graph(grad_probe, call.key, call.counts, saved))
     if call.counts:
         return grad_probe
     return torch.stack([grad_probe[0], torch.zeros_like(grad_probe[1])])

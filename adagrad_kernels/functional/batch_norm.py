@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._affine import affine_grads, check_channels
-from ._call import NOBODY, Call, check_probe, refuse_double_backward
+from ._call import NO_LISTENER, Call, check_probe, refuse_double_backward
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -50,7 +50,7 @@ def batch_norm(
     probe: Tensor,
     weight_probe: Tensor | None = None,
     bias_probe: Tensor | None = None,
-    call: Call = NOBODY,
+    call: Call = NO_LISTENER,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` that measures; x [b, C, …].
 

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from .. import ops
 from ._call import (
-    NOBODY,
+    NO_LISTENER,
     Call,
     as_grad,
     autocast,
     check_probe,
     counted,
     dtypes,
+    notify,
     refuse_double_backward,
-    tell,
 )
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -39,7 +39,7 @@ class _Conv(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         stride, padding, dilation, groups = ctx.options
         need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
-        tell(ctx.call, x, grad_out)
+        notify(ctx.call, x, grad_out)
         grad_x = None
         if need_x:
             grad_x = torch.ops.aten.convolution_backward.default(
@@ -79,7 +79,7 @@ class _ConvTranspose(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         stride, padding, _, dilation, groups = ctx.options
         need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
-        tell(ctx.call, x, grad_out)
+        notify(ctx.call, x, grad_out)
         grad_x = None
         if need_x:  # with much output padding, the last pixels of grad_out reach no pixel of x
             grad_x = _CONV[x.dim()](grad_out, weight, None, *_as_conv(ctx.options))
@@ -129,7 +129,7 @@ def conv(
     probe: Tensor,
     weight_probe: Tensor | None = None,
     bias_probe: Tensor | None = None,
-    call: Call = NOBODY,
+    call: Call = NO_LISTENER,
     stride: tuple[int, ...] = (1, 1),
     padding: tuple[int, ...] = (0, 0),
     dilation: tuple[int, ...] = (1, 1),
@@ -174,7 +174,7 @@ def conv_transpose(
     probe: Tensor,
     weight_probe: Tensor | None = None,
     bias_probe: Tensor | None = None,
-    call: Call = NOBODY,
+    call: Call = NO_LISTENER,
     stride: tuple[int, ...] = (1, 1),
     padding: tuple[int, ...] = (0, 0),
     output_padding: tuple[int, ...] = (0, 0),

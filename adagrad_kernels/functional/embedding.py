@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ._call import NOBODY, Call, check_probe, counted, refuse_double_backward, tell
+from ._call import NO_LISTENER, Call, check_probe, counted, notify, refuse_double_backward
 
 
 class _Embedding(torch.autograd.Function):
@@ -22,7 +22,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, grad_out):
         refuse_double_backward()
         indices, probe = ctx.saved_tensors
-        tell(ctx.call, indices, grad_out)
+        notify(ctx.call, indices, grad_out)
         grad_w, grad_p, sums_w = ops.embedding_weight_grad(
             grad_out, indices, ctx.rows, ctx.padding_idx, probe.shape[1], ctx.needs_input_grad[4]
         )
@@ -42,7 +42,7 @@ def embedding(
     padding_idx: int | None,
     probe: Tensor,
     weight_probe: Tensor | None = None,
-    call: Call = NOBODY,
+    call: Call = NO_LISTENER,
 ) -> Tensor:
     """`torch.nn.functional.embedding` that measures.
 
@@ -56,7 +56,7 @@ def embedding(
 
     Raises:
         ValueError: indices of one dimension: they might be positions, shared by all samples,
-            and nothing tells them from one token for each sample.
+            and nothing distinguishes them from one token for each sample.
 
     Example:
         >>> tokens = torch.tensor([[0, 0], [1, 0]])
@@ -67,7 +67,7 @@ def embedding(
     """
     if indices.dim() < 2:
         raise ValueError(
-            f"embedding: indices of shape {list(indices.shape)} do not tell samples from "
+            f"embedding: indices of shape {list(indices.shape)} do not distinguish samples from "
             "positions. One token for each sample: give indices.unsqueeze(1); positions shared by "
             "all samples: give positions.expand(samples, -1)"
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ._call import (
-    NOBODY,
+    NO_LISTENER,
     Call,
     WeightUpdate,
     as_grad,
@@ -15,8 +15,8 @@ from ._call import (
     check_probe,
     counted,
     dtypes,
+    notify,
     refuse_double_backward,
-    tell,
 )
 from ._product import product
 
@@ -36,7 +36,7 @@ class _Linear(torch.autograd.Function):
         x, weight, probe = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         need_x, need_w, need_b, _, need_ws, need_bs, *_ = ctx.needs_input_grad
-        tell(ctx.call, x, grad_out)
+        notify(ctx.call, x, grad_out)
         grad_x = product(grad_out, weight.t()) if need_x else None
         coordinates = need_ws or need_bs
         update = ctx.update if need_w and not coordinates else None
@@ -66,7 +66,7 @@ def linear(
     probe: Tensor,
     weight_probe: Tensor | None = None,
     bias_probe: Tensor | None = None,
-    call: Call = NOBODY,
+    call: Call = NO_LISTENER,
     update: WeightUpdate | None = None,
 ) -> Tensor:
     """`torch.nn.functional.linear` that measures: y = x Wᵀ + bias.

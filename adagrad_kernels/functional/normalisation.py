@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._affine import affine_grads, check_channels
-from ._call import NOBODY, Call, check_probe, refuse_double_backward
+from ._call import NO_LISTENER, Call, check_probe, refuse_double_backward
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -97,7 +97,7 @@ def layer_norm(
     probe: Tensor,
     weight_probe: Tensor | None = None,
     bias_probe: Tensor | None = None,
-    call: Call = NOBODY,
+    call: Call = NO_LISTENER,
 ) -> Tensor:
     """`torch.nn.functional.layer_norm` that measures; x [b, …, *normalized_shape].
 
@@ -127,7 +127,7 @@ def rms_norm(
     eps: float | None,
     probe: Tensor,
     weight_probe: Tensor | None = None,
-    call: Call = NOBODY,
+    call: Call = NO_LISTENER,
 ) -> Tensor:
     """`torch.nn.functional.rms_norm` that measures; x [b, …, *normalized_shape].
 
@@ -161,7 +161,7 @@ def group_norm(
     probe: Tensor,
     weight_probe: Tensor | None = None,
     bias_probe: Tensor | None = None,
-    call: Call = NOBODY,
+    call: Call = NO_LISTENER,
 ) -> Tensor:
     """`torch.nn.functional.group_norm` that measures; x [b, C, …].
 

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from .. import ops
 from ._call import (
-    NOBODY,
+    NO_LISTENER,
     Call,
     as_grad,
     autocast,
     check_probe,
     counted,
     dtypes,
+    notify,
     refuse_double_backward,
-    tell,
 )
 from ._product import product
 
@@ -198,7 +198,7 @@ class _Recurrent(torch.autograd.Function):
         for call, (a, delta, w, b, need_w, need_b, coordinates) in zip(
             ctx.calls, parts, strict=False
         ):
-            tell(call, a, delta)
+            notify(call, a, delta)
             grad_w, grad_b, part, sums_w, sums_b = ops.linear_weight_grad(
                 delta, a, probe.shape[1], need_w, need_b, coordinates
             )
@@ -229,7 +229,7 @@ def recurrent(
     weights: Sequence[Tensor | None],
     probe: Tensor,
     weight_probes: Sequence[Tensor | None] = (None,) * 5,
-    calls: Sequence[Call] = (NOBODY, Call(0, False), Call(0, False)),
+    calls: Sequence[Call] = (NO_LISTENER, Call(0, False), Call(0, False)),
 ) -> tuple[Tensor, ...]:
     """One direction of one layer of `torch.nn.LSTM`, `GRU` or `RNN` that measures.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._affine import affine_grads
-from ._call import NOBODY, Call, check_probe, refuse_double_backward
+from ._call import NO_LISTENER, Call, check_probe, refuse_double_backward
 
 
 class _Scale(torch.autograd.Function):
@@ -39,7 +39,7 @@ def scale(
     probe: Tensor,
     weight_probe: Tensor | None = None,
     bias_probe: Tensor | None = None,
-    call: Call = NOBODY,
+    call: Call = NO_LISTENER,
 ) -> Tensor:
     """y = x · weight + bias that measures.
 

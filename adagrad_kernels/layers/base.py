@@ -20,7 +20,7 @@ all at once, 1.2 to 2.0 in pieces. Smaller ones waste calls."""
 class Updater(Protocol):
     """Updates parameters during the backward pass, see `optim.in_backward`."""
 
-    def called(self, samples: int) -> None:
+    def on_backward(self, samples: int) -> None:
         """A layer call with so many samples takes part in the present backward pass."""
         ...
 
@@ -61,14 +61,14 @@ class CallRecorder(Protocol):
         """What takes Σ_i c_i² of the parameter as its gradient."""
         ...
 
-    def calling(self, call: functional.Call) -> None:
-        """Told by each eager layer call in the forward pass."""
+    def on_forward(self, call: functional.Call) -> None:
+        """Notified of each eager layer call in the forward pass."""
         ...
 
-    def called(
+    def on_backward(
         self, layer: ObservedLayer, call: functional.Call, saved: tuple[Tensor, ...]
     ) -> None:
-        """Told by each layer call's backward pass, unless a compiled graph does not tell."""
+        """Notified of each layer call's backward pass; by compiled graphs only if asked to."""
         ...
 
     def used_once(self, layer: ObservedLayer, call: functional.Call) -> bool:
@@ -94,8 +94,8 @@ class ObservedLayer:
         observed_name: the module's path in the model.
         observed_parameters: names of the parameters that the layer measures.
         plain_class: the class that the instance had before.
-        tells_from_graphs: whether compiled graphs, too, tell of their calls: it takes copies of
-            their operands.
+        notifies_from_graphs: whether compiled graphs, too, notify of their calls: it takes copies
+            of their operands.
         seen: the last input of each of its calls (eager mode), by the call's key.
     """
 
@@ -103,7 +103,7 @@ class ObservedLayer:
     observed_method: ClassVar[str]
     observed_name: str
     plain_class: type[nn.Module]
-    tells_from_graphs: bool
+    notifies_from_graphs: bool
     seen: dict[int, Seen]
     _parameters: dict[str, nn.Parameter | None]  # of the module
 
@@ -127,7 +127,7 @@ class ObservedLayer:
         self._call = functional.Call(functional.listen(self))
         self._coordinate_probes: dict[str, Tensor] = {}
         self.seen = {}
-        self.tells_from_graphs = False
+        self.notifies_from_graphs = False
         self.observed_name = name
 
     def release(self) -> None:
@@ -135,9 +135,9 @@ class ObservedLayer:
         for name in _OWN_ATTRIBUTES:
             self.__dict__.pop(name, None)
 
-    def called(self, call: functional.Call, saved: tuple[Tensor, ...]) -> None:
-        """Told by the backward pass of each call, see `CallListener`."""
-        self._observer.called(self, call, saved)
+    def on_backward(self, call: functional.Call, saved: tuple[Tensor, ...]) -> None:
+        """Notified of the backward pass of each call, see `CallListener`."""
+        self._observer.on_backward(self, call, saved)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters that require grad, by their name in the layer.
@@ -171,10 +171,10 @@ class ObservedLayer:
         return False
 
     def probe_and_call(self, x: Tensor, call: functional.Call) -> tuple[Tensor, functional.Call]:
-        """The probe for a call with input x, and the call, of which nobody is told with key 0."""
+        """The probe for a call with input x, and the call, with key 0 if nobody is notified."""
         if torch.compiler.is_compiling():  # a key is a constant in the graph
-            return self._observer.probe, call if self.tells_from_graphs else call._replace(key=0)
-        self._observer.calling(call)
+            return self._observer.probe, call if self.notifies_from_graphs else call._replace(key=0)
+        self._observer.on_forward(call)
         self.seen[call.key] = Seen(x.shape, x.dtype, x.requires_grad)
         return self._observer.probe_for(x), call
 
@@ -273,5 +273,5 @@ _OWN_ATTRIBUTES = (
     "observed_parameters",
     "plain_class",
     "seen",
-    "tells_from_graphs",
+    "notifies_from_graphs",
 )

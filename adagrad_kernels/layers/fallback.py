@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from .. import functional
-from ..functional._call import check_probe, counted, refuse_double_backward, tell
+from ..functional._call import check_probe, counted, notify, refuse_double_backward
 from .base import ObservedLayer
 
 
@@ -178,7 +178,7 @@ class _Fallback(torch.autograd.Function):
         probe, *tensors = ctx.saved_tensors
         args, values = tuple(tensors[: ctx.arity]), tensors[ctx.arity :]
         params = {n: v.detach() for n, v in zip(ctx.names, values, strict=True)}
-        tell(ctx.call._replace(context=(ctx.arity, ctx.kwargs)), *args, *grads_out)
+        notify(ctx.call._replace(context=(ctx.arity, ctx.kwargs)), *args, *grads_out)
         samples = args[0].shape[0]
         grads, grads_in = layer.per_sample(params, ctx.kwargs, args, grads_out)
         norms = sum(g.reshape(samples, -1).square().sum(1) for g in grads.values())

@@ -104,7 +104,7 @@ class ObservedRecurrent(ObservedLayer, nn.RNNBase):
         for product in _PRODUCTS:
             call = self._calls.get(product + part)
             if call is not None:
-                self._observer.calling(call)
+                self._observer.on_forward(call)
                 shape = torch.Size((*x.shape[:2], widths[product]))
                 self.seen[call.key] = Seen(shape, x.dtype, x.requires_grad or product != "ih")
                 calls.append(call)

@@ -36,7 +36,7 @@ def linear_weight_grad(
     Returns:
         grad_weight [O, I], grad_bias [O], probe [2, capacity], weight_sums [O, I] and
         bias_sums [O]; what was not wanted has shape [0]. Row 1 of the probe counts calls: 1
-        for each of the b samples, 0 beyond, so that sums over layers tell how many there were.
+        for each of the b samples, 0 beyond, so that sums over layers count them.
 
     Raises:
         RuntimeError: shapes that do not fit, or b > capacity.

@@ -290,7 +290,7 @@ class BatchCycle:
         self.updated = True
 
     def _mean_loss(self) -> float | None:
-        """Of all samples of the batch, if the losses were told."""
+        """Of all samples of the batch, if step() was given the losses."""
         if not self._losses:
             return None
         mean = torch.stack(self._losses).mean()

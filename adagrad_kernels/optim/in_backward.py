@@ -68,7 +68,7 @@ class InBackward:
         self._observer = optimizer.cycle.observer
         self._hooks: dict[Tensor, Any] = {}
         self.active = False
-        self._samples, self._pass = 0, -1  # of the last layer call that was told of
+        self._samples, self._pass = 0, -1  # of the last layer call
         self.forget()
         for group in optimizer.param_groups:
             self.watch(group["params"])
@@ -88,15 +88,15 @@ class InBackward:
                 self._hooks[p] = p.register_post_accumulate_grad_hook(complete)
 
     def remove(self) -> None:
-        """Leaves the parameters alone from now on; told when the observer is detached."""
+        """Leaves the parameters alone from now on; called when the observer is detached."""
         for hook in self._hooks.values():
             hook.remove()
         self._hooks = {}
         self.active = False
 
-    # Told during the backward pass
+    # Called during the backward pass
 
-    def called(self, samples: int) -> None:
+    def on_backward(self, samples: int) -> None:
         """A layer call with so many samples takes part in this backward pass."""
         self._samples, self._pass = samples, torch._C._current_graph_task_id()
 
