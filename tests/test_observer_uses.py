@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from per_sample import per_sample
-from test_observer import assert_statistics, small, squares, total, train_on
+from test_observer import Outside, assert_statistics, small, squares, total, train_on
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -98,14 +97,6 @@ def test_layers_that_disagree_about_the_batch_dimension(device: torch.device) ->
 
 
 def test_a_parameter_used_outside_its_layer(device: torch.device) -> None:
-    class Outside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(self.first(x), self.second.weight)
-
     model = Outside().to(device)
     observer = ak.observe(model)
     model(torch.randn(4, 3, device=device)).square().mean().backward()
