@@ -91,6 +91,7 @@ def test_parameters_of_another_model(kind: str) -> None:
     opt = diagonal(model)
     with pytest.raises(ValueError, match="not belong to the model"):
         opt.add_param_group({"params": list(stranger.parameters())})
+    assert len(opt.param_groups) == 1
     train(model, opt, batches(1, 8))
 
 
