@@ -15,7 +15,7 @@
 #                                            pip's other variables work as well.
 # By default not the newest torch that the package runs under: that one is several gigabytes.
 PYTHON ?= python3
-TORCH ?= torch>=2.11,<2.14
+TORCH ?= torch<2.14
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,6 +23,7 @@ INSTALLED := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
 DEMO := $(VENV)/.demo
 SOURCES := $(shell find csrc -type f)
+BUILD_FILES := pyproject.toml setup.py tools/build_backend.py tools/torch_range.py
 PYTHON_FILES := adagrad_kernels tests benchmarks $(wildcard docs/*.py) examples tools setup.py
 
 .PHONY: train test bench docs check-gpu sanitize lint format clean distclean
@@ -72,15 +73,15 @@ define install
 	touch $@
 endef
 
-$(INSTALLED): pyproject.toml setup.py tools/build_backend.py
+$(INSTALLED): $(BUILD_FILES)
 	$(call install,dev)
 
 # As much of it as training takes, where nothing has been installed yet.
-$(DEMO): pyproject.toml setup.py tools/build_backend.py $(SOURCES)
+$(DEMO): $(BUILD_FILES) $(SOURCES)
 	$(call install,experiments)
 
 # After that only the kernels, and of those only what changed.
-$(COMPILED): $(INSTALLED) $(SOURCES) tools/find_cuda.py
+$(COMPILED): $(INSTALLED) $(SOURCES) tools/find_cuda.py tools/kernel_flags.py
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 

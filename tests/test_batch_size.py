@@ -117,6 +117,10 @@ def test_a_growth_limit_by_hand() -> None:
     assert feed(controller, [UNBOUNDED, UNBOUNDED])[-2:] == [110, 121]
     controller = BatchSizeController(110, 10**6, growth_limit=1.1, monotone=False)
     assert feed(controller, [1])[-1] == 100
+    controller = BatchSizeController(100, 10**6, growth_limit=3, monotone=False)
+    assert feed(controller, [1, 1])[-2:] == [33, 11]
+    controller = BatchSizeController(100, 10**6, growth_limit=math.nextafter(1, 2))
+    assert feed(controller, [UNBOUNDED, UNBOUNDED])[-2:] == [101, 102], "at least one sample more"
 
 
 def test_rounding_by_hand() -> None:
@@ -338,13 +342,41 @@ class TestLRPolicy:
         expected = (noise + signal) / (noise / 4 + signal)
         assert controller.lr_policy.factor(4) == pytest.approx(math.sqrt(expected), rel=1e-12)
 
-    def test_noise_alone_gives_the_linear_factor(self) -> None:
+    @pytest.mark.parametrize("sum_norms_sq", [16.0, 28.0])  # μ² is 0, and estimated below 0
+    def test_noise_alone_gives_the_linear_factor(self, sum_norms_sq: float) -> None:
         controller = BatchSizeController(4, 10**6, lr_policy="adascale")
-        controller.advance(None, GradientStatistics(4, sum_norms_sq=16.0, mean_norm_sq=1.0))
+        controller.advance(None, GradientStatistics(4, sum_norms_sq, mean_norm_sq=1.0))
         assert controller.lr_policy.factor(7) == pytest.approx(7)
+
+    @pytest.mark.parametrize("value", [math.inf, math.nan])
+    def test_what_is_not_finite_is_not_averaged(self, value: float) -> None:
+        controller = BatchSizeController(4, 10**6, lr_policy="adascale")
+        controller.advance(None, GradientStatistics(4, sum_norms_sq=16.0, mean_norm_sq=2.0))
+        before = controller.lr_policy.factor(4)
+        controller.advance(None, GradientStatistics(4, sum_norms_sq=value, mean_norm_sq=1.0))
+        assert controller.lr_policy.factor(4) == before
+
+    def test_a_batch_a_thousand_times_the_first_forgets_the_past(self) -> None:
+        """The weight of the past, 1 − S/1000, is not negative."""
+        s = GradientStatistics(3000, sum_norms_sq=3000 * 2 + 2999 * 5.0, mean_norm_sq=2.0)
+        factors = []
+        for past in (None, GradientStatistics(2, sum_norms_sq=1000.0, mean_norm_sq=1.0)):
+            controller = BatchSizeController(2, 10**6, lr_policy="adascale")
+            if past is not None:
+                controller.advance(None, past)
+            controller.advance(None, s)
+            factors.append(controller.lr_policy.factor(8))
+        assert factors[1] == factors[0] > 1
 
     def test_relative_to_what_the_loader_could_serve(self) -> None:
         controller = BatchSizeController(1021, 10**6, lr_policy="linear")  # a prime
         controller.limit_micro_batches(512)
         assert controller.initial_batch_size == controller.batch_size == 1022
         assert controller.lr_factor == 1
+
+    def test_a_later_loader_does_not_begin_anew(self) -> None:
+        controller = BatchSizeController(8, 64, lr_policy="linear")
+        controller.limit_micro_batches(8)
+        feed(controller, [32])
+        controller.limit_micro_batches(16)
+        assert (controller.initial_batch_size, controller.lr_factor) == (8, 4)

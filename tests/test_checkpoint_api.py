@@ -222,6 +222,24 @@ def test_layers_unfrozen_and_frozen_in_the_middle(
         assert not any(name.startswith(frozen) for name in measured)
 
 
+def test_saving_keeps_the_averages_of_coordinates_beside_unfrozen_ones() -> None:
+    criterion = ak.Averaged(ak.CoordinateNormTest(0.6), decay=0.5)
+    run = fresh("AdAdaGrad", frozen=True, criterion=criterion)
+
+    def averages() -> list[dict[str, Tensor]]:
+        (sides,) = run.optimizer.state_dict()["adaptive"]["criterion"]["averages"]
+        return list(sides.values())
+
+    advance(run, 3)
+    before = [dict(side) for side in averages()]
+    unfreeze(run)
+    for side, old in zip(averages(), before, strict=True):
+        assert side.keys() == dict(run.model.named_parameters()).keys()
+        for name, average in side.items():
+            assert torch.equal(average, old.get(name, torch.zeros_like(average)))
+            assert average.any() == (name in old)
+
+
 @pytest.mark.parametrize("kind", ["AdAdaGrad", "AdAdaGradNorm"])
 def test_a_checkpoint_of_another_phase_is_refused(kind: str) -> None:
     first = fresh(kind, frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import CASES, Transformer, cross_entropy, texts
 from per_sample import per_sample
-from test_observer import assert_statistics, small, squares, train_on
+from test_observer import Outside, assert_statistics, small, squares, train_on
 from tolerance import assert_close_to_truth
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -346,14 +346,6 @@ def test_a_layer_used_twice(device: torch.device) -> None:
 
 
 def test_a_parameter_used_outside_its_layer(device: torch.device) -> None:
-    class Outside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(self.first(x), self.second.weight)
-
     model = Outside().to(device)
     observer = ak.observe(model)
     compile_model(model)(torch.randn(4, 3, device=device)).square().mean().backward()

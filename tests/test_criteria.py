@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,22 @@ class TestFormulas:
         needed = each.sort().values[satisfied.index(True)].item()
         assert_decides(decision, len(g), needed)
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"aggregate": "quantile", "quantile": 0.55},  # 0.55 · 100 is 55.00…01
+            {"aggregate": "fraction", "fraction": 0.45},
+        ],
+    )
+    def test_a_part_that_is_a_whole_number_of_coordinates(self, options: dict[str, Any]) -> None:
+        """Coordinate j of 100 is satisfied from j samples on: 55 of them by 55."""
+        s = ak.GradientStatistics(
+            2, sum_norms_sq=5250.0, mean_norm_sq=100.0,
+            coordinate_mean={"w": torch.ones(100)},
+            coordinate_variance={"w": torch.arange(1.0, 101.0)},
+        )  # fmt: skip
+        assert ak.CoordinateNormTest(1.0, **options).evaluate(s).batch_size == 55
+
     @given(gradients(), bounds, st.floats(0.0, 0.99))
     def test_fraction(self, g: Tensor, eta: float, fraction: float) -> None:
         decision = ak.CoordinateNormTest(eta, "fraction", fraction=fraction).evaluate(statistics(g))
@@ -149,6 +166,18 @@ class TestFormulas:
         assert decision.passed == (decision.batch_size <= len(g))
         assert decision.ratio == pytest.approx(lr * trace / loss / len(g), rel=1e-9)
 
+    def test_cabs_without_a_learning_rate(self) -> None:
+        """As in the first update of a warm-up: a step of length 0 needs no accuracy."""
+        s = ak.GradientStatistics(4, sum_norms_sq=40.0, mean_norm_sq=1.0, loss=0.5, lr=0.0)
+        assert ak.CABS().evaluate(s) == ak.Decision(True, 1, 0.0)
+
+    def test_theta_and_nu_where_the_last_micro_batch_varies_more_than_the_batch(self) -> None:
+        """Var(p)/‖ḡ‖² = 2 of tr Σ̂ = 1: nothing is left across ḡ."""
+        s = ak.GradientStatistics(
+            4, sum_norms_sq=7.0, mean_norm_sq=1.0, inner_products=torch.tensor([0.0, 2.0])
+        )
+        assert ak.theta_nu_from_epsilon(0.5, s) == (0.5, 0.0)
+
 
 class TestFiniteDataSet:
     """The factor 1 − x + x²/3 of stretches of permutations, 1/(3x) beyond the data set."""
@@ -174,6 +203,14 @@ class TestFiniteDataSet:
             b = decision.batch_size
             assert error(b) <= eta**2 * mean * (1 + 1e-6)
             assert b == len(g) + 1 or error(b - 1) > eta**2 * mean * (1 - 1e-6)
+
+    def test_a_batch_that_just_passes_is_suggested(self) -> None:
+        """And not one sample more, for all that rounding makes of the solution."""
+        for b in range(3, 300):
+            x = b / 100
+            share = (1 - x + x * x / 3 if x <= 1 else 1 / (3 * x)) / b
+            s = ak.GradientStatistics(2, sum_norms_sq=1 / share + 2, mean_norm_sq=1.0)
+            assert ak.NormTest(1.0, dataset_size=100).evaluate(s).batch_size == b
 
     @pytest.mark.parametrize("batch_size", [30, 80, 101, 150, 250])
     def test_the_variance_of_the_loaders_batches(self, batch_size: int) -> None:

@@ -68,9 +68,10 @@ class TestTraining:
         assert opt.decision.ratio == pytest.approx(decision.ratio, rel=1e-6)
         assert opt.decision.passed == decision.passed
 
-    def test_the_metric_of_the_kernel_is_that_of_the_criterion(self) -> None:
-        """Σ_j var_j/(√v_j + eps), summed by the update, or from the coordinates where averaged."""
-        test = ak.CoordinateNormTest(0.5, "adagrad")
+    @pytest.mark.parametrize("aggregate", ["max", "adagrad"])
+    def test_the_kernels_reductions_are_those_of_the_criterion(self, aggregate: str) -> None:
+        """Of two groups: by the update of each, or from the coordinates where averaged."""
+        test = ak.CoordinateNormTest(0.5, aggregate)
         ratios = []
         for criterion in (test, ak.Averaged(test, decay=0.0)):
             model = network()

@@ -32,6 +32,14 @@ class Many(Numbers):
         return [torch.tensor(1000 + i) for i in indices]
 
 
+class Negated(TensorDataset):
+    """Samples that are not rows of its tensors."""
+
+    def __getitem__(self, index: int) -> Any:
+        (x,) = super().__getitem__(index)
+        return [-x]
+
+
 class Dicts(Numbers):
     def __getitem__(self, index: int) -> Any:
         return {"x": torch.full((2,), index), "y": index}
@@ -95,6 +103,9 @@ def test_the_order_depends_on_the_seed_alone() -> None:
     torch.manual_seed(2)
     assert stream(make(50, seed=3), [], 150) == one
     assert stream(make(50, seed=4), [], 150) != one
+    epochs = {tuple(stream(make(50, seed=s), [], 150)[k : k + 50]) for s in range(3)
+              for k in (0, 50, 100)}  # fmt: skip
+    assert len(epochs) == 9, "the second epoch of one seed is the first of the next"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -142,6 +153,23 @@ def test_a_pass_goes_on_in_the_middle_of_a_batch() -> None:
     assert loader.state_dict()["samples"] == 0
     rest = [x.tolist() for (x,) in loader]
     assert rest == [[4, 5], [6, 7], [8, 9], [0, 1]]
+
+
+def test_loading_in_the_middle_of_a_batch_begins_a_whole_one() -> None:
+    loader = make(12, batch_size=6, shuffle=False, max_micro_batch_size=2)
+    start = loader.state_dict()
+    assert len(list(itertools.islice(loader, 4))) == 4  # one of the second batch's three
+    loader.load_state_dict(start)
+    pieces = [(x.tolist(), loader.batch_complete) for (x,) in itertools.islice(loader, 3)]
+    assert pieces == [([0, 1], False), ([2, 3], False), ([4, 5], True)]
+
+
+@pytest.mark.parametrize(("length", "last"), [(12, [8, 9, 10, 11]), (10, [8, 9, 0, 1])])
+def test_the_last_micro_batch_of_an_epoch(length: int, last: list[int]) -> None:
+    """Where batches divide the dataset, and where the last one goes on into the next epoch."""
+    loader = make(length, batch_size=4, shuffle=False, max_micro_batch_size=4)
+    told = [(loader.epoch_complete, x.tolist()) for (x,) in loader]
+    assert told == [(False, [0, 1, 2, 3]), (False, [4, 5, 6, 7]), (True, last)]
 
 
 @given(lengths, st.integers(1, 64), st.integers(1, 20))
@@ -217,8 +245,9 @@ def test_growth_during_a_pass_takes_effect_at_the_next_batch() -> None:
         (Dicts(4), None, {"x": torch.tensor([[0, 0], [1, 1]]), "y": torch.tensor([0, 1])}),
         (Numbers(4), sum, torch.tensor(1)),
         (TensorDataset(torch.arange(4)), len, 2),
+        (Negated(torch.arange(4)), None, [torch.tensor([0, -1])]),
     ],
-    ids=["plain", "getitems", "dict", "collate_fn", "collate_fn of tensors"],
+    ids=["plain", "getitems", "dict", "collate_fn", "collate_fn of tensors", "subclass of tensors"],
 )
 def test_datasets(dataset: Dataset[Any], collate: Any, expected: Any, num_workers: int) -> None:
     loader = AdaptiveDataLoader(

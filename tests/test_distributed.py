@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed_scenarios as scenarios
@@ -17,11 +18,13 @@ from distributed_processes import run, torchrun
 from per_sample import PerSample, per_sample
 from tolerance import assert_close_to_truth
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 from torch.utils.data import TensorDataset
 from training import network, weights
 
 import adagrad_kernels as ak
 from adagrad_kernels.cli import main
+from adagrad_kernels.distributed import Ranks, check_same_gradient
 from adagrad_kernels.experiments import data, models
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # float64; sums in another order, over hundreds of steps
@@ -587,6 +590,27 @@ def test_parts_that_do_not_exist(options: dict[str, int], message: str) -> None:
         ak.AdaptiveDataLoader(
             TensorDataset(torch.arange(50)), ak.BatchSizeController(8, 8), **options
         )
+
+
+class Eight(Ranks):
+    size = 8  # type: ignore[assignment]
+
+
+def test_copies_of_shards_beyond_their_mesh() -> None:
+    """Two replicas of two shards each are four of the eight ranks; the others hold the same."""
+    sizes = {None: 4, 0: 2, 1: 2}
+    mesh = SimpleNamespace(size=lambda dimension=None: sizes[dimension])
+    sharded: Any = SimpleNamespace(device_mesh=mesh, placements=[Replicate(), Shard(0)])
+    assert Eight().copies(sharded) == 4
+    assert Eight().copies(torch.zeros(1)) == 8
+
+
+def test_gradients_that_differ_a_little_are_not_the_same() -> None:
+    same, other = 0.1, 0.1 * (1 + 1e-3)
+    two: Any = SimpleNamespace(size=2)
+    check_same_gradient(two, same + same, 2 * same**2 * (1 + 1e-12))
+    with pytest.raises(RuntimeError, match="the gradients differ between the ranks"):
+        check_same_gradient(two, same + other, same**2 + other**2)
 
 
 THREADS = """

@@ -9,28 +9,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training import assert_unchanged, batches, mse, network, snapshot, train, weights
+from training import (
+    Make,
+    all_optimizers,
+    assert_unchanged,
+    batches,
+    diagonal,
+    mse,
+    network,
+    own_optimizers,
+    scalar,
+    snapshot,
+    train,
+    weights,
+    wrapped,
+)
 
 import adagrad_kernels as ak
-
-Make = Callable[..., Any]
-
-
-def diagonal(model: nn.Module, **options: Any) -> ak.AdAdaGrad:
-    return ak.AdAdaGrad(model, lr=0.1, **options)
-
-
-def scalar(model: nn.Module, **options: Any) -> ak.AdAdaGradNorm:
-    return ak.AdAdaGradNorm(model, lr=0.1, **options)
-
-
-def wrapped(model: nn.Module, **options: Any) -> ak.AdaptiveBatch:
-    params = [p for p in model.parameters() if p.requires_grad]
-    return ak.AdaptiveBatch(model, torch.optim.SGD(params, lr=0.1), **options)
-
-
-all_optimizers = pytest.mark.parametrize("make", [diagonal, scalar, wrapped])
-own_optimizers = pytest.mark.parametrize("make", [diagonal, scalar])
 
 
 def inner(opt: Any) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """Every layer × every statistic against float64 per-sample autograd, in every way of running."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -319,12 +320,44 @@ def test_recurrent_layers_without_a_sample_dimension(
     ak.observe(layer)
     with pytest.raises(ValueError, match=r"\[5, 3\] has no sample dimension"):
         layer(x[0])
+    with pytest.raises(ValueError, match=r"\[2, 0, 3\] has no positions"):
+        layer(x[:, :0])
     packed = pack_padded_sequence(x, torch.tensor([5, 2]), batch_first=True)
     with pytest.raises(ValueError, match="packed sequence"):
         layer(packed)
     with torch.no_grad():  # measured is nothing
         assert_close(layer(x[0])[0], plain)
         layer(packed)
+
+
+def test_one_value_has_no_deviation(device: torch.device) -> None:
+    """As in the plain layer: of one spatial element, however many channels and samples."""
+    layer = nn.InstanceNorm1d(3, affine=True).to(device)
+    x = torch.randn(4, 3, 1, device=device)
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        layer(x)
+    ak.observe(layer)
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        layer(x)
+
+
+def test_an_embedding_scales_the_rows_it_reads(device: torch.device) -> None:
+    """max_norm: in the forward pass, and only what was asked for."""
+    plain = nn.Embedding(5, 3, max_norm=0.5).to(device)
+    layer, tokens = copy.deepcopy(plain), torch.tensor([[0, 3], [3, 1]], device=device)
+    ak.observe(layer)
+    assert_close(layer(tokens), plain(tokens))
+    assert_close(layer.weight, plain.weight)
+    assert layer.weight[2].norm() > 0.5 > layer.weight[3].norm() - 1e-6
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_without_dropout_in_eval_mode(device: torch.device, need_weights: bool) -> None:
+    plain = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True).to(device).eval()
+    layer, x = copy.deepcopy(plain), torch.randn(3, 5, 4, device=device)
+    ak.observe(layer)
+    found = layer(x, x, x, need_weights=need_weights)[0]
+    assert_close(found, plain(x, x, x, need_weights=need_weights)[0])
 
 
 def test_dropout_between_recurrent_layers(device: torch.device) -> None:

@@ -143,6 +143,23 @@ def test_micro_batches_make_one_record_with_their_mean_loss() -> None:
         assert record["loss"] == pytest.approx(sum(losses[3 * k : 3 * k + 3]) / 3, rel=1e-15)
 
 
+def test_a_batch_that_was_left_out_is_not_in_the_mean_loss() -> None:
+    """Its loss was told, but its gradients overflowed."""
+    model, data = network(torch.float32), batches(2, 4, torch.float32)
+    opt, logger = adagrad(model, max_batch_size=4), Kept()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
+    losses = []
+    for batch in data:
+        losses.append(mse(model, batch).mul(8))
+        scaler.scale(losses[-1]).backward()
+        scaler.step(opt)
+        scaler.update()
+        logger.log_step(opt, losses[-1])
+        opt.zero_grad()
+    ((_, _, record),) = logger.records
+    assert record["loss"] == losses[1].item() != losses[0].item()
+
+
 def test_every_optimizer_can_be_logged() -> None:
     def sgd(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=0.1)

@@ -9,24 +9,21 @@ import torch
 from criteria_cases import EVERY_CRITERION
 from torch import nn
 from torch.utils.data import TensorDataset
-from training import Batch, assert_unchanged, batches, mse, network, snapshot, train, weights
+from training import (
+    Batch,
+    all_optimizers,
+    assert_unchanged,
+    batches,
+    diagonal,
+    mse,
+    network,
+    snapshot,
+    train,
+    weights,
+)
 
 import adagrad_kernels as ak
 
-
-def diagonal(model: nn.Module, **options: Any) -> ak.AdAdaGrad:
-    return ak.AdAdaGrad(model, lr=0.1, **options)
-
-
-def scalar(model: nn.Module, **options: Any) -> ak.AdAdaGradNorm:
-    return ak.AdAdaGradNorm(model, lr=0.1, **options)
-
-
-def wrapped(model: nn.Module, **options: Any) -> ak.AdaptiveBatch:
-    return ak.AdaptiveBatch(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
-
-
-all_optimizers = pytest.mark.parametrize("make", [diagonal, scalar, wrapped])
 OPTIONS = {"criterion": ak.NormTest(0.7), "batch_size": 8, "max_batch_size": 8}
 
 

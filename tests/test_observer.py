@@ -238,6 +238,17 @@ def test_non_reentrant_checkpointing(device: torch.device, net: Net) -> None:
     assert_statistics(s, model, squares, *batch)
 
 
+class Outside(nn.Module):
+    """The second layer's weight is used, and the layer is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.first(x), self.second.weight)
+
+
 def small(device: torch.device, samples: int = 6) -> tuple[nn.Module, Tensor, Tensor]:
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5), nn.Tanh(),

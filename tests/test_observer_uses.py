@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from per_sample import per_sample
-from test_observer import assert_statistics, small, squares, total, train_on
+from test_observer import Outside, assert_statistics, small, squares, total, train_on
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adagrad_kernels as ak
+from adagrad_kernels import shared
 
 
 class Twice(nn.Module):
@@ -53,12 +53,62 @@ def test_parameters_used_twice(device: torch.device, make: type[nn.Module], shap
     assert_statistics(observer.statistics(), model, total, x, y, factor=5)
 
 
+class ThreeTimes(nn.Module):
+    """A layer whose uses make three pairs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(self.layer(x).tanh()).tanh())
+
+
+@pytest.mark.parametrize("coordinates", [True, False])
+@pytest.mark.parametrize("piece", [1 << 24, 40])
+def test_convolutions_used_three_times(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, coordinates: bool, piece: int
+) -> None:
+    """Also where the gradients of three samples at a time are held."""
+    monkeypatch.setattr(shared, "_PIECE", piece)
+    model = ThreeTimes(nn.Conv1d(2, 2, 3, padding=1)).to(device)
+    x, y = torch.randn(5, 2, 4, device=device), torch.randn(5, 8, device=device)
+    observer = ak.observe(model, coordinates=coordinates)
+    train_on(model, squares, x, y)
+    assert_statistics(observer.statistics(), model, squares, x, y)
+
+
 def test_a_checkpointed_layer_used_twice(device: torch.device) -> None:
     model = Twice().to(device)
     x, y = torch.randn(5, 4, device=device), torch.randn(5, 2, device=device)
     observer = ak.observe(model, coordinates=True)
     out = checkpoint(model, x, use_reentrant=False)
     squares(out, y).backward()  # type: ignore[arg-type]
+    assert_statistics(observer.statistics(), model, squares, x, y)
+
+
+class TwoEmbeddings(nn.Module):
+    """One weight for two kinds of tokens, each with a padding token of its own or none."""
+
+    def __init__(self, *padding: int | None) -> None:
+        super().__init__()
+        self.one, self.other = (nn.Embedding(4, 3, padding_idx=k) for k in padding)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x[:, 0]).sum(1).sin() + self.other(x[:, 1]).sum(1).cos()
+
+
+@pytest.mark.parametrize("padding", [(None, 0), (0, None), (0, 1)])
+def test_tied_embeddings_with_different_padding(
+    device: torch.device, padding: tuple[int | None, int | None]
+) -> None:
+    model = TwoEmbeddings(*padding).to(device)
+    with torch.no_grad():
+        model.one.weight.normal_()  # the rows of padding, too
+    x, y = torch.randint(4, (8, 2, 5), device=device), torch.randn(8, 3, device=device)
+    observer = ak.observe(model)
+    train_on(model, squares, x, y)
     assert_statistics(observer.statistics(), model, squares, x, y)
 
 
@@ -98,14 +148,6 @@ def test_layers_that_disagree_about_the_batch_dimension(device: torch.device) ->
 
 
 def test_a_parameter_used_outside_its_layer(device: torch.device) -> None:
-    class Outside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(self.first(x), self.second.weight)
-
     model = Outside().to(device)
     observer = ak.observe(model)
     model(torch.randn(4, 3, device=device)).square().mean().backward()

@@ -1,5 +1,6 @@
 """What holds for every op: torch's own checks, compilation, threads, instruction sets, memory."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -59,20 +60,54 @@ def test_opcheck(device: torch.device, name: str) -> None:
     )
 
 
-@every_op
-@pytest.mark.parametrize("bits", [0, 1])
-def test_fakes_without_optional_results(device: torch.device, name: str, bits: int) -> None:
-    """opcheck with everything optional left out (0), or weight and bias alone (1)."""
-    args = list(case(name, False, device))
-    flags = [k for k, a in enumerate(args) if isinstance(a, bool)]
-    if name.startswith("adagrad"):
-        args[3] = []
-    elif flags:
-        for k in flags:
-            args[k] = bool(bits) and k != flags[-1]
-    else:
-        return
-    torch.library.opcheck(getattr(torch.ops.adagrad_kernels, name).default, tuple(args))
+FLAGS = {
+    "linear_weight_grad": ("weight", "bias", "coordinates"),
+    "linear_adagrad_": ("bias", "coordinates"),
+    "conv_weight_grad": ("weight", "bias", "coordinates"),
+    "embedding_weight_grad": ("coordinates",),
+    "scale_weight_grad": ("weight", "bias", "coordinates"),
+    "norm_backward": ("weight", "bias", "coordinates"),
+}
+"""Arguments that say which results are wanted."""
+LESS: list[tuple[str, dict[str, object]]] = [
+    ("adagrad_", {"coordinate_sums": []}),
+    ("adagrad_norm_", {"coordinate_sums": []}),
+    ("scale_weight_grad", {"mean": None}),
+    ("scale_weight_grad", {"rstd": None}),
+    ("norm_backward", {"mean": None}),
+    *(
+        (name, dict.fromkeys(unwanted, False))
+        for name, flags in FLAGS.items()
+        for number in range(1, len(flags) + 1)
+        for unwanted in itertools.combinations(flags, number)
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"), LESS, ids=[f"{name}-{'-'.join(changed)}" for name, changed in LESS]
+)
+def test_opcheck_with_less(device: torch.device, name: str, changed: dict[str, object]) -> None:
+    """Without something optional the fake returns what the kernel does, too."""
+    op = getattr(torch.ops.adagrad_kernels, name).default
+    names = [argument.name for argument in op._schema.arguments]
+    args = dict(zip(names, case(name, False, device), strict=True))
+    assert all(args[argument] is not value for argument, value in changed.items())
+    torch.library.opcheck(op, tuple({**args, **changed}.values()))
+
+
+def test_every_flag_is_left_out_once() -> None:
+    """Ops declared later, too: what is optional is a bool, None or a list that may be empty."""
+    for name in ops.NAMES:
+        arguments = getattr(torch.ops.adagrad_kernels, name).default._schema.arguments
+        optional = {
+            argument.name
+            for argument in arguments
+            if argument.name == "coordinate_sums"
+            or str(argument.type) in ("bool", "Optional[Tensor]")
+        }
+        tried = {argument for other, changed in LESS if other == name for argument in changed}
+        assert tried == optional - {"maximize"}
 
 
 def compiled_like_eager(name: str, device: torch.device, backend: str) -> None:

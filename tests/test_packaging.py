@@ -1,5 +1,6 @@
 """The package builds, installs into an empty environment and works from there."""
 
+import importlib
 import os
 import re
 import shutil
@@ -11,21 +12,33 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
+from packaging.requirements import Requirement
 
 from adagrad_kernels import _build
 from adagrad_kernels._version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
+    ".ci",
+    ".clang-format",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "LICENSE",
     "MANIFEST.in",
+    "Makefile",
     "README.md",
     "adagrad_kernels",
+    "benchmarks",
     "csrc",
+    "docs",
+    "examples",
     "pyproject.toml",
     "setup.py",
+    "tests",
     "tools",
 ]
+"""Everything that is committed, but for .gitignore."""
 
 PROGRAM = """
 import sys
@@ -73,23 +86,43 @@ def run(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
+BUILD = [sys.executable, "-m", "build", "--no-isolation", "--outdir"]
+
+
+def files(folder: Path) -> set[str]:
+    """But for what Python and setuptools leave there."""
+    found = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+    return {name for name in found if "__pycache__" not in name and ".egg-info/" not in name}
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel made from the source distribution of a clean copy of this tree."""
-    work = tmp_path_factory.mktemp("packaging")
-    tree = work / "tree"
-    tree.mkdir()
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean copy of this tree."""
+    tree = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
         if (ROOT / name).is_dir():
             ignored = shutil.ignore_patterns("__pycache__", "*.so")
             shutil.copytree(ROOT / name, tree / name, ignore=ignored)
         else:
             shutil.copy(ROOT / name, tree)
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", work]
-    run(*build, "--sdist", tree, cwd=work)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def unpacked(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution of the copy, unpacked."""
+    work = tmp_path_factory.mktemp("sdist")
+    run(*BUILD, work, "--sdist", tree, cwd=work)
     (archive,) = work.glob("*.tar.gz")
     run("tar", "-xf", archive, cwd=work)
-    run(*build, "--wheel", archive.with_suffix("").with_suffix(""), cwd=work)
+    return archive.with_suffix("").with_suffix("")
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel made from the source distribution."""
+    work = tmp_path_factory.mktemp("wheel")
+    run(*BUILD, work, "--wheel", unpacked, cwd=work)
     (made,) = work.glob("*.whl")
     return made
 
@@ -99,6 +132,12 @@ def empty_python(tmp_path: Path) -> Path:
     """The interpreter of a new virtual environment without any package."""
     venv.create(tmp_path / "venv", with_pip=False)
     return tmp_path / "venv" / "bin" / "python"
+
+
+@pytest.mark.packaging
+def test_source_distribution_holds_everything(tree: Path, unpacked: Path) -> None:
+    """What `make lint`, `test` and `bench` need: all that is here, and what setuptools adds."""
+    assert files(unpacked) == files(tree) | {"PKG-INFO", "setup.cfg"}
 
 
 @pytest.mark.packaging
@@ -142,6 +181,15 @@ def test_build_asks_for_torch_only_where_there_is_none(empty_python: Path, tmp_p
     answer = run(empty_python, "-c", where + path + ask, cwd=tmp_path).strip()
     (requirement,) = re.findall(r"'(torch.*)'", answer)
     assert f'dependencies = ["{requirement}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_build_knows_which_torch_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    torch_range = importlib.import_module("torch_range")
+    specifier = Requirement(torch_range.REQUIREMENT).specifier
+    versions = ["1.13.1", "2.9.1", "2.10.0", "2.11.0", "2.12.1+cpu", "2.14.3", "2.15.0", "3.0.0"]
+    assert [torch_range.fits(v) for v in versions] == [specifier.contains(v) for v in versions]
+    assert torch_range.fits(torch.__version__)
 
 
 def test_build_facts() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_experiments import Attack
 
 import adagrad_kernels as ak
 from adagrad_kernels.cli import main
@@ -226,14 +227,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "is of another model or version" in line
     assert "1.weight" in line
-
-
-class Attack:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def test_damaged_checkpoints_are_refused(tmp_path, capsys):

@@ -162,6 +162,22 @@ class Transfers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@given(sums, sums)
+def test_the_sums_between_workers_are_those_of_some_samples(sum_sq: float, mean_sq: float) -> None:
+    """Σ‖g_i‖² ≥ N‖ḡ‖², whatever rounding makes of the workers' norms."""
+    s = ak.GradientStatistics.between_workers(4, 32, sum_sq, mean_sq)
+    assert s.sum_norms_sq >= 32 * mean_sq
+    assert s.workers == 4
+
+
+def test_the_standard_error_with_inner_products_of_other_samples() -> None:
+    """As many as this rank has samples, of the last micro-batch of all ranks: not its own."""
+    g, p = torch.randn(4, 3), torch.randn(4)
+    rank = dataclasses.replace(made_from(g), batch_size=8)
+    found = dataclasses.replace(rank, inner_products=p).variance_standard_error
+    assert found == rank.variance_standard_error
+
+
 def test_the_device_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward, backward, statistics, all properties: one `tolist` of five numbers a step."""
     read: list[int] = []

@@ -11,7 +11,7 @@ from models import Transformer, cross_entropy, texts
 from per_sample import PerSample, per_sample
 from test_observer import squares
 from torch import Tensor, nn
-from training import batches, mse, network, train, weights
+from training import batches, mse, network, optimizer, train, weights
 
 import adagrad_kernels as ak
 
@@ -197,11 +197,7 @@ def test_optimizers_test_the_subset_and_update_everything(kind: str, criterion: 
     for layers in (["2"], None):
         model = network()
         options = {"criterion": criterion, "observe_layers": layers, **FIXED}
-        if kind == "AdaptiveBatch":
-            inner = torch.optim.SGD(model.parameters(), lr=0.1)
-            opt: Any = ak.AdaptiveBatch(model, inner, **options)
-        else:
-            opt = getattr(ak, kind)(model, lr=0.1, **options)
+        opt = optimizer(kind, model, **options)
         data = batches(6, 4)  # two micro-batches a step
         train(model, opt, data[:4])
         before = copy.deepcopy(model)

@@ -9,20 +9,11 @@ import torch
 import torch.nn.functional as F
 from per_sample import per_sample
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
-from training import network, weights
+from training import dataset, network, optimizer, weights
 
 import adagrad_kernels as ak
 
 CAP = 200
-
-
-def dataset() -> TensorDataset:
-    """A regression problem that is noise beyond a point: batches must grow."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(500, 5, generator=generator, dtype=torch.float64)
-    noise = torch.randn(500, 2, generator=generator, dtype=torch.float64)
-    return TensorDataset(x, x[:, 1:3] + noise)
 
 
 Setup = tuple[nn.Module, Any, ak.AdaptiveDataLoader]
@@ -31,11 +22,7 @@ Setup = tuple[nn.Module, Any, ak.AdaptiveDataLoader]
 def setup(kind: str, micro: int = 1000, eta: float = 0.7, **options: Any) -> Setup:
     model = network()
     options = {"criterion": ak.NormTest(eta), "batch_size": 4, "max_batch_size": CAP, **options}
-    if kind == "AdaptiveBatch":
-        inner = torch.optim.SGD(model.parameters(), lr=0.1)
-        opt: Any = ak.AdaptiveBatch(model, inner, **options)
-    else:
-        opt = getattr(ak, kind)(model, lr=0.1, **options)
+    opt = optimizer(kind, model, **options)
     return model, opt, ak.AdaptiveDataLoader(dataset(), opt, max_micro_batch_size=micro, seed=7)
 
 

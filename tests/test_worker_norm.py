@@ -299,6 +299,20 @@ def test_mistakes_with_local_steps(options: dict[str, object], message: str) -> 
         local(network(), **options)
 
 
+def test_a_local_batch_begins_anew_where_a_state_is_loaded() -> None:
+    model = network()
+    opt, ((x, y),) = local(model), batches(1, 4)
+    opt.controller.limit_micro_batches(2)
+    state = copy.deepcopy(opt.state_dict())
+    mse(model, (x[:2], y[:2])).backward()
+    opt.step()
+    opt.load_state_dict(state)
+    assert all(p.grad is None for p in model.parameters())
+    mse(model, (x[:2], y[:2])).backward()
+    opt.step()
+    assert not opt.updated
+
+
 def test_local_step_without_gradients() -> None:
     model = network()
     opt, ((x, y),) = local(model), batches(1, 4)

@@ -2,11 +2,34 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import adagrad_kernels as ak
 
 Batch = tuple[Tensor, Tensor]
+Make = Callable[..., Any]
+
+
+def diagonal(model: nn.Module, **options: Any) -> ak.AdAdaGrad:
+    return ak.AdAdaGrad(model, lr=0.1, **options)
+
+
+def scalar(model: nn.Module, **options: Any) -> ak.AdAdaGradNorm:
+    return ak.AdAdaGradNorm(model, lr=0.1, **options)
+
+
+def wrapped(model: nn.Module, **options: Any) -> ak.AdaptiveBatch:
+    params = [p for p in model.parameters() if p.requires_grad]
+    return ak.AdaptiveBatch(model, torch.optim.SGD(params, lr=0.1), **options)
+
+
+all_optimizers = pytest.mark.parametrize("make", [diagonal, scalar, wrapped])
+own_optimizers = pytest.mark.parametrize("make", [diagonal, scalar])
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -30,6 +53,24 @@ def batches(number: int, size: int, dtype: torch.dtype = torch.float64) -> list[
     return found
 
 
+def dataset() -> TensorDataset:
+    """A regression problem that is noise beyond a point: batches must grow."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(500, 5, generator=generator, dtype=torch.float64)
+    noise = torch.randn(500, 2, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, x[:, 1:3] + noise)
+
+
+def optimizer(
+    kind: str, model: nn.Module, lr: float = 0.1, weight_decay: float = 0.0, **options: Any
+) -> Any:
+    """One of ours, or ours around PyTorch's SGD."""
+    if kind == "AdaptiveBatch":
+        inner = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=weight_decay)
+        return ak.AdaptiveBatch(model, inner, **options)
+    return getattr(ak, kind)(model, lr=lr, weight_decay=weight_decay, **options)
+
+
 def mse(model: nn.Module, batch: Batch) -> Tensor:
     x, y = batch
     return (model(x) - y).square().mean()
@@ -49,6 +90,23 @@ def train(
         opt.zero_grad()  # type: ignore[attr-defined]
         if after is not None:
             after()
+
+
+def resumed(
+    fresh: Callable[[], tuple[nn.Module, Any]], data: list[Batch]
+) -> tuple[nn.Module, Any, nn.Module, Any]:
+    """Model and optimizer after all batches; and others that were given their state half-way."""
+    straight, opt = fresh()
+    train(straight, opt, data)
+    first, opt1 = fresh()
+    half = len(data) // 2
+    train(first, opt1, data[:half])
+    second, opt2 = fresh()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    opt2.load_state_dict(copy.deepcopy(opt1.state_dict()))
+    train(second, opt2, data[half:])
+    assert torch.equal(weights(second), weights(straight))
+    return straight, opt, second, opt2
 
 
 def weights(model: nn.Module) -> Tensor:

@@ -165,21 +165,25 @@ CONV: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("case", "dtype", "coordinates"), [
-    *itertools.product(CONV, [F32], [True]),
-    (CONV[0], F32, False), (CONV[1], BF16, True), (CONV[2], F16, False), (CONV[7], BF16, False),
-    (CONV[10], F16, False),
-])  # fmt: skip
-def test_conv(case: tuple[Any, ...], dtype: torch.dtype, coordinates: bool) -> None:
+def conv_arguments(case: tuple[Any, ...], dtype: torch.dtype) -> list[Any]:
+    """Of conv_weight_grad, up to the capacity."""
     shape, rows, size, stride, padding, dilation, groups, memory_format = case
     x = torch.randn(shape, dtype=dtype).to(memory_format=memory_format)
     convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(size)]
     weight = torch.randn(rows, shape[1] // groups, *size, dtype=dtype)
     y = convolution(x, weight, None, stride, padding, dilation, groups)
     g = torch.randn(y.shape, dtype=dtype).to(memory_format=memory_format)
-    options = [list(size), list(stride), list(padding), list(dilation), groups, shape[0] + 2]
-    kernel, plain = conv.conv_weight_grad, reference.conv_weight_grad
-    compare(kernel, plain, g, x, *options, True, True, coordinates)
+    return [g, x, list(size), list(stride), list(padding), list(dilation), groups, shape[0] + 2]
+
+
+@pytest.mark.parametrize(("case", "dtype", "coordinates"), [
+    *itertools.product(CONV, [F32], [True]),
+    (CONV[0], F32, False), (CONV[1], BF16, True), (CONV[2], F16, False), (CONV[7], BF16, False),
+    (CONV[10], F16, False),
+])  # fmt: skip
+def test_conv(case: tuple[Any, ...], dtype: torch.dtype, coordinates: bool) -> None:
+    args = conv_arguments(case, dtype)
+    compare(conv.conv_weight_grad, reference.conv_weight_grad, *args, True, True, coordinates)
 
 
 @pytest.mark.parametrize(("case", "dtype"), [
@@ -187,18 +191,12 @@ def test_conv(case: tuple[Any, ...], dtype: torch.dtype, coordinates: bool) -> N
 ])  # fmt: skip
 def test_conv_gram(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     """One tile of 16 to 64 pixels, and the triangle of several (CONV[2], 144 pixels)."""
-    shape, rows, size, stride, padding, dilation, groups, memory_format = case
-    x = torch.randn(shape, dtype=dtype).to(memory_format=memory_format)
-    convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(size)]
-    weight = torch.randn(rows, shape[1] // groups, *size, dtype=dtype)
-    y = convolution(x, weight, None, stride, padding, dilation, groups)
-    g = torch.randn(y.shape, dtype=dtype).to(memory_format=memory_format)
-    options = [list(size), list(stride), list(padding), list(dilation), groups, shape[0] + 2]
+    args = conv_arguments(case, dtype)
 
     def kernel(*arguments: Any) -> Any:
         return conv.conv_weight_grad(*arguments, method="gram")
 
-    compare(kernel, reference.conv_weight_grad, g, x, *options, True, True, False)
+    compare(kernel, reference.conv_weight_grad, *args, True, True, False)
 
 
 def test_the_gram_form_is_for_convolutions_of_few_pixels_and_many_channels() -> None:

@@ -11,10 +11,8 @@ import json
 import subprocess
 import sys
 
+import torch_range
 from setuptools.build_meta import *  # noqa: F403  (every hook that is not replaced below)
-
-TORCH = "torch>=2.11,<2.15"  # as in pyproject.toml
-OLDEST, TOO_NEW = (2, 11), (2, 15)
 
 # pip isolates by PYTHON* variables, so an interpreter that ignores them (-E) sees everything.
 LOOK_FOR_TORCH = """
@@ -30,14 +28,14 @@ def share_installed_torch() -> bool:
     if look.returncode != 0:
         return False
     version, path = json.loads(look.stdout)
-    if not OLDEST <= tuple(int(part) for part in version.split(".")[:2]) < TOO_NEW:
-        print(f"adagrad_kernels: the installed torch {version} does not fit {TORCH}")
+    if not torch_range.fits(version):
+        print(f"adagrad_kernels: torch {version} is installed, not {torch_range.REQUIREMENT}")
         return False
     sys.path.extend(entry for entry in path if entry not in sys.path)
     return True
 
 
-BUILD_REQUIREMENTS = [] if share_installed_torch() else [TORCH]
+BUILD_REQUIREMENTS = [] if share_installed_torch() else [torch_range.REQUIREMENT]
 
 
 # setuptools would run setup.py to answer these, which imports torch; there is more to know

@@ -138,7 +138,7 @@ def _ratio_of_coordinates(
         return float(pooled(own, like, "max"))
     ratios = [whole(in_layout(r, t)).flatten() for r, t in zip(ratios, like, strict=True)]
     everything = torch.cat(ratios)
-    covered = math.ceil(quantile * everything.numel() - 1e-9)  # 0.7 · 10 is 7.000…01
+    covered = math.ceil(quantile * everything.numel() - 1e-9)  # 0.55 · 100 is 55.00…01
     return float(everything.kthvalue(max(1, covered)).values)
 
 
