@@ -24,6 +24,7 @@ import xml.etree.ElementTree
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -31,6 +32,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 530  # for all steps together
 LIMITS = {"build": 180, "tests": 200, "benchmark": SECONDS}
+# Before 77 setuptools could not read how pyproject.toml names the license. Compiling in place needs
+# nothing that stands there.
+WITHOUT_PYPROJECT = """
+import runpy, sys
+from setuptools.config import pyprojecttoml
+pyprojecttoml.apply_configuration = lambda distribution, *_: distribution
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 class Check:
@@ -54,7 +64,8 @@ class Check:
 
     def step(self, name: str, *command: str | Path) -> float:
         """Runs python with these arguments; returns the seconds it took."""
-        print(f"\n== {name}: python {' '.join(map(str, command))}", flush=True)
+        shown = " ".join(str(part) for part in command if "\n" not in str(part))
+        print(f"\n== {name}: python {shown}", flush=True)
         started = time.monotonic()
         outcome = self.run(command, self.left(name))
         if outcome:
@@ -103,6 +114,14 @@ class Check:
         print(f"== tests: {time.monotonic() - started:.0f} s", flush=True)
         if not files:
             self.failed.append("tests: none were found")
+
+
+def build_command() -> list[str]:
+    """Arguments for python that compile the kernels in place."""
+    command = ["setup.py", "--quiet", "build_ext", "--inplace"]
+    if int(metadata.version("setuptools").split(".")[0]) < 77:
+        return ["-c", WITHOUT_PYPROJECT, *command]
+    return command
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -161,7 +180,7 @@ def main() -> int:
     check = Check(out, environment)
     facts = {"device": device, "torch": torch.__version__, "date": date.isoformat()}
 
-    seconds = check.step("build", "setup.py", "--quiet", "build_ext", "--inplace")
+    seconds = check.step("build", *build_command())
     show = "import adagrad_kernels; print(adagrad_kernels.show_config())"
     report = subprocess.run(
         [sys.executable, "-c", show], cwd=ROOT, env=environment, text=True, check=False,
