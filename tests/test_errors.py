@@ -416,3 +416,22 @@ def test_the_state_of_something_else(make: Make, state: Any) -> None:
         return  # one of a torch optimizer
     with pytest.raises(ValueError, match=f"no state of {type(opt).__name__}"):
         opt.load_state_dict(state)
+
+
+@all_optimizers
+@pytest.mark.parametrize("needs", [None, "coordinates", {"coordinate"}, ["loss"]])
+def test_a_criterion_of_ones_own_says_what_it_needs(make: Make, needs: Any) -> None:
+    class Mine:
+        def evaluate(self, statistics: ak.GradientStatistics) -> ak.Decision:
+            return ak.Decision(True, statistics.batch_size, 0.0)
+
+    criterion = Mine()
+    if needs is not None:
+        criterion.needs = needs
+    with pytest.raises(
+        TypeError, match=r"needs of .* must be a set out of accumulators, all_inner"
+    ):
+        make(network(), criterion=criterion)
+    criterion.needs = frozenset({"coordinates"})
+    model = network()
+    train(model, make(model, criterion=criterion), batches(1, 8))

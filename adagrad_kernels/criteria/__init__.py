@@ -7,6 +7,7 @@ samples would have been. What becomes of the suggestion is the controller's busi
 
 from .averaged import Averaged
 from .base import (
+    NEEDS,
     UNBOUNDED,
     Comparison,
     Criterion,
@@ -29,6 +30,7 @@ from .worker import WorkerNormTest
 
 __all__ = [
     "CABS",
+    "NEEDS",
     "UNBOUNDED",
     "AugmentedInnerProductTest",
     "Averaged",

@@ -18,6 +18,11 @@ from ..statistics import GradientStatistics
 UNBOUNDED = sys.maxsize
 """The suggestion where no finite batch would do: zero mean gradient, positive variance."""
 
+NEEDS = frozenset(
+    {"coordinates", "inner_products", "all_inner_products", "accumulators", "loss", "workers"}
+)
+"""What `Criterion.needs` may hold."""
+
 Quantity = float | dict[str, Tensor]
 """One number, or one a coordinate, by parameter name."""
 

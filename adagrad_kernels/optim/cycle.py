@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch_size import BatchSizeController
-from ..criteria import Averaged, Criterion, Decision, NormTest, StatefulCriterion
+from ..criteria import NEEDS, Averaged, Criterion, Decision, NormTest, StatefulCriterion
 from ..distributed import Group, is_data_parallel
 from ..observer import Observer, observe
 from ..selfcheck import parameters_with_grad
@@ -366,6 +366,11 @@ def check_criterion(criterion: Criterion | None) -> None:
     is_one = hasattr(criterion, "evaluate") and not isinstance(criterion, type)
     if criterion is not None and not is_one:
         raise TypeError(f"criterion must be one such as NormTest(0.1), got {criterion!r}")
+    needs = getattr(criterion, "needs", None)
+    if criterion is not None and not (isinstance(needs, frozenset | set) and needs <= NEEDS):
+        raise TypeError(
+            f"needs of {criterion!r} must be a set out of {', '.join(sorted(NEEDS))}, got {needs!r}"
+        )
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
