@@ -30,6 +30,11 @@ Group = Any
 """A `torch.distributed.ProcessGroup`, which builds of torch without distributed do not have."""
 
 
+def uses_processes() -> bool:
+    """Whether `torch.distributed` is in use, if only with one process."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class Ranks:
     """The processes that share a step.
 
@@ -43,7 +48,7 @@ class Ranks:
     @property
     def size(self) -> int:
         """W, the number of processes."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not uses_processes():
             return 1
         return dist.get_world_size(self.group)
 

@@ -7,13 +7,13 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import backward_rows, faults
-from .distributed import Ranks
+from .distributed import Ranks, uses_processes
 from .functional import Call
 from .layers import ObservedLayer
 from .layers.base import Updater
@@ -36,6 +36,22 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
         return (disabled if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
 
     return run
+
+
+class Noted(NamedTuple):
+    """A gradient as a backward pass has left it.
+
+    Attributes:
+        parameter: whose it is.
+        grad: itself.
+        version: how often it had been written to.
+        in_time: whether the first layer call of a backward pass comes before it is added to.
+    """
+
+    parameter: weakref.ref[nn.Parameter]
+    grad: weakref.ref[Tensor]
+    version: int
+    in_time: bool
 
 
 class Recorder:
@@ -80,8 +96,7 @@ class Recorder:
         self.updater: Updater | None = None
         self._task = -1  # the backward pass that _calls belong to
         self._collected_task = -1
-        self._noted: tuple[weakref.ref[Tensor], int] | None = None  # a gradient and its version
-        self._noted_in_time = False
+        self._noted: Noted | None = None
         self._suspicion = ""  # what is wrong with the present backward pass, if it accumulates
         self._forget()
 
@@ -231,11 +246,14 @@ class Recorder:
         """
         measured = (p for layer in layers for p in parameters_with_grad(cast(nn.Module, layer)))
         p = next(measured, None)
-        self._noted_in_time = p is not None
+        in_time = p is not None
         if p is None:
             p = next((q for q in self._names if q.requires_grad and q.grad is not None), None)
         grad = None if p is None else p.grad
-        self._noted = None if grad is None else (weakref.ref(grad), grad._version)
+        if p is None or grad is None:
+            self._noted = None
+        else:
+            self._noted = Noted(weakref.ref(p), weakref.ref(grad), grad._version, in_time)
 
     def accept_changes(self) -> None:
         """The gradients have been written to since the backward pass, as they may be."""
@@ -244,20 +262,24 @@ class Recorder:
     def _gradient_fault(self, in_time: bool) -> str:
         """Whether the gradients are those that this backward pass may add to.
 
-        Looks at one of them, on one process.
+        Looks at one of them, on one process. One that has been replaced by another tensor says
+        nothing: `DistributedDataParallel` may do that.
 
         Args:
             in_time: called before it is added to.
         """
         if self._noted is None:
             return ""
-        grad, version = self._noted[0](), self._noted[1]
-        in_time = in_time and self._noted_in_time
-        kept = grad is not None and any(p.grad is grad for p in self._names)
-        kept = kept and (not in_time or grad._version == version)  # type: ignore[union-attr]
-        if kept and not self._micro_batches:
-            return faults.NOT_ZEROED if in_time else ""
-        return faults.CLEARED if self._micro_batches and not kept else ""
+        p, grad = self._noted.parameter(), self._noted.grad()
+        if not (in_time and self._noted.in_time):
+            gone = p is not None and p.grad is not grad and not uses_processes()
+            return faults.CLEARED if gone and self._micro_batches else ""
+        if p is None or (p.grad is not None and p.grad is not grad):
+            return ""
+        kept = grad is not None and p.grad is grad and grad._version == self._noted.version
+        if kept == bool(self._micro_batches):
+            return ""
+        return faults.NOT_ZEROED if kept else faults.CLEARED
 
     def _explain_when_complete(self, calls: list[ObservedCall], sum_norms_sq: Tensor) -> None:
         """Has the first backward pass checked when all gradients are complete.
@@ -310,8 +332,8 @@ class Recorder:
 
         Looks at one of them, on one process.
         """
-        grad = self._noted[0]() if self._noted is not None else None
-        if grad is not None and grad._version != self._noted[1]:  # type: ignore[index]
+        grad = self._noted.grad() if self._noted is not None else None
+        if grad is not None and grad._version != self._noted.version:  # type: ignore[union-attr]
             raise RuntimeError(
                 "the gradients were changed between backward() and step(): the test would compare "
                 "them with those of the samples as they were. To clip them, take max_grad_norm= "

@@ -557,6 +557,19 @@ def four(rank: int, world: int) -> dict[str, Any]:
     }
 
 
+def single(rank: int, world: int) -> dict[str, Any]:
+    """One process of its own group, whose gradients are views of buckets: DDP exchanges them."""
+    record = {}
+    for views in (False, True):
+        model = network()
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=views)
+        record[views] = train(ddp, optimizer("AdAdaGrad", ddp), micro=16)
+        record[views]["weights"] = weights(model)
+    mesh = init_device_mesh("cpu", (world,))
+    record["sharded"] = _train_sharded("AdAdaGrad", mesh)
+    return record
+
+
 def _sharded_twice(mesh: Any) -> str:
     """As with tensor parallelism."""
     whole = torch.zeros(4, 4)

@@ -409,6 +409,14 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
     torch.testing.assert_close(weights(model), saved["weights"][0], **CLOSE)
 
 
+def test_one_process_of_its_own_group(tmp_path: Path) -> None:
+    (result,) = run(scenarios.single, 1, tmp_path)
+    one = scenarios.train_alone("AdAdaGrad", network(), world=1)
+    for views in (False, True):
+        assert_same_training([result[views]], one)
+    assert_same_sharded_training([result["sharded"]], alone("AdAdaGrad", None, world=1))
+
+
 @pytest.mark.slow
 def test_four_processes(tmp_path: Path) -> None:
     results = run(scenarios.four, 4, tmp_path)
