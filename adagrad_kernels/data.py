@@ -127,6 +127,7 @@ class AdaptiveDataLoader:
         self._stream = SampleStream(length, controller, shuffle, seed, rank, weights)
         self._end = 0  # samples at the end of the epoch that is being served
         self._fetch = _Fetch(dataset, collate_fn)
+        # As torch's loader, which says so itself where there are workers.
         if pin_memory and not torch.accelerator.is_available() and not num_workers:
             warnings.warn("pin_memory=True, but there is no accelerator: ignored", stacklevel=2)
         self._pin_memory = pin_memory and torch.accelerator.is_available()

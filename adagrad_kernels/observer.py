@@ -9,14 +9,20 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import faults, ops
+from . import ops
 from .attachment import attach, detached_class
 from .coverage import Coverage, coverage_of
 from .distributed import Group, Ranks, check_same_gradient, data_parallel_group, is_sharded
 from .measurements import along, by_coordinate
 from .recorder import Recorder
 from .reductions import CoordinateReductions
-from .selfcheck import check_bounded, check_calls, parameters_with_grad, unexplained
+from .selfcheck import (
+    check_bounded,
+    check_calls,
+    parameter_name,
+    parameters_with_grad,
+    unexplained,
+)
 from .shards import sums_over_ranks
 from .statistics import GradientStatistics
 
@@ -108,7 +114,6 @@ class Observer(Recorder):
         self._layers = layers_
         self.owner: weakref.ref[object] | None = None  # the optimizer's part that made it, if any
         self._found_in_probe: list[set[str]] = []  # layers that only the probe has shown
-        self._with_grad: dict[str, nn.Parameter] = {}  # of the last check
         for layer in self._layers:
             layer.coordinate_probes()
             layer.notifies_from_graphs = self.inner_products or layer in tied
@@ -183,7 +188,7 @@ class Observer(Recorder):
                 self._faults.append(fault)
         if self._faults:
             raise RuntimeError(self._faults[0])
-        if self._checked_passes == len(self._micro_batches):  # an optimizer checks first
+        if self._with_grad is not None:  # since the last backward pass: an optimizer checks first
             return self._with_grad
         with_grad = self._layers_with_grad()
         unknown = with_grad.keys() - self._measured_layers()
@@ -192,7 +197,7 @@ class Observer(Recorder):
             _, least, most, outside = ops.pool_samples(probes, self.rows())[1].tolist()
             self._check_calls(with_grad, least, most, outside)
             self._found_in_probe.append(unknown)
-        self._checked_passes, self._with_grad = len(self._micro_batches), with_grad
+        self._with_grad = with_grad
         return with_grad
 
     def statistics(
@@ -292,7 +297,7 @@ class Observer(Recorder):
         if not self.partial:
             for p in parameters_with_grad(self.model):
                 if p not in known:
-                    name = next(name for name, q in self.model.named_parameters() if q is p)
+                    name = parameter_name(self.model, p)
                     raise RuntimeError(
                         f"parameter {name!r} has a gradient, but no layer that is observed: it was "
                         "added, replaced or unfrozen after the optimizer (or observer) was made. "
@@ -312,11 +317,10 @@ class Observer(Recorder):
             self._seen,
             {layer.observed_name for layer in self._tied},
             most - self._notified_calls,
-            agree=not outside and least == most,
+            alike=least == most,
+            outside=bool(outside),
             inner_products=self.inner_products,
         )
-        if outside:
-            raise RuntimeError(faults.UNSEEN_DISAGREEMENT)
 
     def coordinate_sums(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Σ_i c_i² of each of these parameters, for `ops.adagrad_`; empty if not all are known."""

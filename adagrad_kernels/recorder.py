@@ -95,7 +95,7 @@ class Recorder:
         self._had_grads = False
         self.updater: Updater | None = None
         self._task = -1  # the backward pass that _calls belong to
-        self._collected_task = -1
+        self._collected_task = -1  # the last one whose probe was collected
         self._noted: Noted | None = None
         self._suspicion = ""  # what is wrong with the present backward pass, if it accumulates
         self._forget()
@@ -107,7 +107,7 @@ class Recorder:
         self._seen: set[str] = set()
         self._last_seen: set[str] = set()
         self._notified_calls = 0
-        self._checked_passes = -1  # after how many backward passes the gradients were looked at
+        self._with_grad: dict[str, nn.Parameter] | None = None  # what `Observer.check` has found
         self._cross_sums: dict[Tensor, Tensor] = {}  # by coordinate probe
 
     def _make_probe(self, capacity: int, device: torch.device) -> None:
@@ -164,9 +164,8 @@ class Recorder:
             self._suspicion = self._gradient_fault(in_time=True)
         if self.updater is not None:
             self.updater.on_backward(saved[0].shape[0])
-        if (
-            self._unexplained and not self._forward_calls[call.key]
-        ):  # by a graph, not in forward either
+        # By a compiled graph, or a reentrant checkpoint.
+        if self._unexplained and not self._forward_calls[call.key]:
             self._had_grads |= any(p.grad is not None for p in self._names)
         needed = self.inner_products or self._unexplained
         needed = needed or layer in self._tied or self._forward_calls[call.key] > 1
@@ -199,16 +198,12 @@ class Recorder:
             if rows == 0:
                 self._faults.append(faults.EMPTY)
             if any(call.samples != rows for call in calls):
-                self._faults.append(
-                    faults.disagreement(
-                        [(call.layer.observed_name, call.samples) for call in calls]
-                    )
-                )
+                sizes = [(call.layer.observed_name, call.samples) for call in calls]
+                self._faults.append(faults.disagreement(sizes))
             elif len({call.call.key for call in calls}) < len(calls) or self._tied:
                 self._add_cross_terms(probe.grad, calls, rows)
-            self._notified_calls = max(
-                self._notified_calls, sum(call.call.counts for call in calls)
-            )
+            counting = sum(call.call.counts for call in calls)
+            self._notified_calls = max(self._notified_calls, counting)
             self._seen |= names
             self._last_seen = names
             if self.inner_products:
@@ -220,6 +215,7 @@ class Recorder:
             self._calls = []
             self._forward_calls.clear()
         self._micro_batches.append((probe.grad, rows))
+        self._with_grad = None
         probe.grad = None
         if self.ranks.size == 1:  # otherwise they are still to be averaged
             note = functools.partial(self._note_gradient, [call.layer for call in calls])

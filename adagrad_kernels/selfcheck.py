@@ -80,7 +80,8 @@ def check_calls(
     seen: Set[str],
     tied: Set[str],
     unseen_calls: float,
-    agree: bool,
+    alike: bool,
+    outside: bool,
     inner_products: bool,
 ) -> None:
     """That every parameter with a gradient was measured, each layer once a sample.
@@ -92,7 +93,8 @@ def check_calls(
         seen: layers whose calls have reported.
         tied: layers that share parameters.
         unseen_calls: how many calls a sample the probe has counted beyond those.
-        agree: whether all samples have as many.
+        alike: whether all samples have as many.
+        outside: whether it has counted calls of more samples than the micro-batch has.
         inner_products: whether these are measured, for which calls must report.
 
     Raises:
@@ -112,7 +114,7 @@ def check_calls(
             f"{what} cannot be measured where a CUDA graph is replayed: run without, or take "
             "another criterion"
         )
-    if unseen_calls > 0 and (not agree or unseen_calls > len(missing)):
+    if outside or (unseen_calls > 0 and (not alike or unseen_calls > len(missing))):
         raise RuntimeError(faults.UNSEEN_DISAGREEMENT)
 
 
@@ -142,6 +144,11 @@ def parameters_with_grad(module: nn.Module) -> Iterator[nn.Parameter]:
     for child in module._modules.values():
         if child is not None:
             yield from parameters_with_grad(child)
+
+
+def parameter_name(model: nn.Module, parameter: Tensor) -> str:
+    """Of one of the model's parameters."""
+    return next(name for name, p in model.named_parameters() if p is parameter)
 
 
 def _over_ranks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class GradientStatistics:
 
     The sums over samples were pooled and read from the device once, when the object was made;
     the properties are computed from them, 0-dim float64 tensors unless another type is named, and
-    none synchronises.
+    none synchronises but `inner_variance`.
 
     Attributes:
         batch_size: N, over all micro-batches and ranks.
@@ -198,6 +199,12 @@ class GradientStatistics:
         if signal > 0 or math.isnan(signal):
             return _scalar(variance / signal)
         return _scalar(math.inf if variance > 0 else math.nan)
+
+    @cached_property
+    def inner_variance(self) -> float | None:
+        """`inner_product_variance` as a Python number, which is read from the device once."""
+        variance = self.inner_product_variance
+        return None if variance is None else float(variance)
 
     @property
     def inner_product_variance(self) -> Tensor | None:

@@ -217,7 +217,11 @@ class GradientTest(VarianceTest):
 
     def compare(self, statistics: GradientStatistics) -> tuple[Comparison, ...]:
         """The inequalities that must all hold, with a debiased signal if that was chosen."""
-        comparisons = self._compare(statistics)
+        return self._corrected(self._compare(statistics), statistics)
+
+    def _corrected(
+        self, comparisons: tuple[Comparison, ...], statistics: GradientStatistics
+    ) -> tuple[Comparison, ...]:
         return self._debiased(comparisons, statistics) if self.debiased else comparisons
 
     def _debiased(

@@ -96,9 +96,7 @@ class CoordinateNormTest(GradientTest):
             sides = known.get(self.aggregate)
         if sides is None:
             return super().evaluate(statistics)
-        comparisons: tuple[Comparison, ...] = (Comparison(*sides, self.eta**2),)
-        if self.debiased:
-            comparisons = self._debiased(comparisons, statistics)
+        comparisons = self._corrected((Comparison(*sides, self.eta**2),), statistics)
         return self.decide(statistics.batch_size, comparisons)
 
     def _compare(self, statistics: GradientStatistics) -> tuple[Comparison, ...]:

@@ -11,10 +11,10 @@ from .base import Comparison, GradientTest, check_positive
 
 def _along(s: GradientStatistics) -> float:
     """Var(p)/‖ḡ‖², the variance along ḡ, p_i = ⟨g_i, ḡ⟩; all of it where ḡ = 0 has no direction."""
-    variance = s.inner_product_variance
+    variance = s.inner_variance
     if variance is None:
         raise ValueError("the statistics have no inner products: observe(inner_products=True)")
-    return float(variance) / s.mean_norm_sq if s.mean_norm_sq > 0 else s.variance
+    return variance / s.mean_norm_sq if s.mean_norm_sq > 0 else s.variance
 
 
 def _across(s: GradientStatistics) -> float:
@@ -40,7 +40,7 @@ class _NeedsInnerProducts(GradientTest):
             return "fewer than two inner products were measured"
         if reason := super().undecidable(statistics):
             return reason
-        variance = statistics.inner_product_variance
+        variance = statistics.inner_variance
         finite = variance is None or math.isfinite(variance)
         return "" if finite else "the inner products are not finite"
 

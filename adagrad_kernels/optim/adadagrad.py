@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..criteria import Criterion
 from ..distributed import local
+from ..selfcheck import parameter_name
 from .base import AdaptiveAdagrad, Updated, Work, pooled_reductions
 from .cycled import LossScale
 from .in_backward import InBackward, check_supported
@@ -197,8 +198,9 @@ class AdAdaGrad(AdaptiveAdagrad):
 
     def _check_sum(self, p: Tensor, saved: Tensor) -> None:
         if saved.shape != p.shape:
+            name = parameter_name(self._model, p)
             raise ValueError(
-                f"the state is of another model or optimizer: parameter {self._name(p)!r} has "
+                f"the state is of another model or optimizer: parameter {name!r} has "
                 f"shape {list(p.shape)}, its saved accumulator {list(saved.shape)}"
             )
 

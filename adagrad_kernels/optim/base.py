@@ -14,6 +14,7 @@ from ..criteria import Criterion
 from ..observer import Observer
 from ..recorder import outside_graphs
 from ..reductions import pooled, unscaled
+from ..selfcheck import parameter_name
 from .cycle import BatchCycle, named_trainable
 from .cycled import Cycled, check_state
 
@@ -124,23 +125,22 @@ class AdaptiveAdagrad(Cycled, Optimizer):
                 loss = result = closure()
         if self.cycle.complete(self.param_groups, loss, self._given_loss_scale()):
             lr, (norm_sq, reductions) = self._apply()
-            metric = self._metric() if "accumulators" in self.cycle.criterion.needs else {}
-            self.cycle.finish(norm_sq, lr, reductions, **metric)
+            accumulators = eps = None
+            if "accumulators" in self.cycle.criterion.needs:
+                accumulators, eps = self._metric()
+            self.cycle.finish(norm_sq, lr, reductions, accumulators, eps)
         return result
 
-    def _metric(self) -> dict[str, dict[str, Any]]:
-        """The accumulators and eps by the names of the parameters that have a gradient."""
+    def _metric(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The accumulators of the measured parameters and their eps, by name."""
         names = {id(p): name for name, p in self.cycle.observer.parameters()}
-        of_group = {
-            names[id(p)]: (self.state[p]["sum"], group["eps"])
-            for group in self.param_groups
-            for p in group["params"]
-            if id(p) in names and "sum" in self.state[p]
-        }
-        return {
-            "accumulators": {name: total for name, (total, _) in of_group.items()},
-            "eps": {name: eps for name, (_, eps) in of_group.items()},
-        }
+        accumulators, eps = {}, {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if id(p) in names and "sum" in self.state[p]:
+                    accumulators[names[id(p)]] = self.state[p]["sum"]
+                    eps[names[id(p)]] = group["eps"]
+        return accumulators, eps
 
     def _apply(self) -> tuple[float, Updated]:
         """Updates; returns lr_k of the first parameter, and what `_update` returns."""
@@ -161,8 +161,9 @@ class AdaptiveAdagrad(Cycled, Optimizer):
             if total is None or total.dim() < w.param.dim():
                 continue  # AdAdaGradNorm's, one number for all
             if total.dtype != dtype or total.device != w.param.device:
+                name = parameter_name(self._model, w.param)
                 raise RuntimeError(
-                    f"parameter {self._name(w.param)!r} is {w.param.dtype} on {w.param.device} "
+                    f"parameter {name!r} is {w.param.dtype} on {w.param.device} "
                     f"now, its accumulator {total.dtype} on {total.device}: change the model's "
                     "dtype and device before the optimizer is made, or load its state_dict() into "
                     "a new one"
@@ -270,6 +271,3 @@ class AdaptiveAdagrad(Cycled, Optimizer):
 
     def _restore_sum(self, p: Tensor, saved: Tensor) -> None:
         raise NotImplementedError
-
-    def _name(self, p: Tensor) -> str:
-        return next(name for name, q in self._model.named_parameters() if q is p)

@@ -16,7 +16,7 @@ from ..batch_size import BatchSizeController
 from ..criteria import NEEDS, Averaged, Criterion, Decision, NormTest, StatefulCriterion
 from ..distributed import Group, is_data_parallel
 from ..observer import Observer, observe
-from ..selfcheck import parameters_with_grad
+from ..selfcheck import parameter_name, parameters_with_grad
 from ..statistics import GradientStatistics
 from ..workers import WorkerObserver
 
@@ -221,20 +221,19 @@ class BatchCycle:
         for p in parameters_with_grad(self.observer.model):
             gradients = True
             if id(p) not in held:
+                name = parameter_name(self.observer.model, p)
                 raise RuntimeError(
-                    f"parameter {self._name(p)!r} has a gradient but is in none of the param "
-                    "groups: call opt.add_param_group after unfreezing it"
+                    f"parameter {name!r} has a gradient but is in none of the param groups: call "
+                    "opt.add_param_group after unfreezing it"
                 )
             if cast(Tensor, p.grad).is_sparse:
+                name = parameter_name(self.observer.model, p)
                 raise RuntimeError(
-                    f"parameter {self._name(p)!r} has a sparse gradient, which is not supported: "
-                    "build its layer with sparse=False"
+                    f"parameter {name!r} has a sparse gradient, which is not supported: build its "
+                    "layer with sparse=False"
                 )
         if not gradients and not self.updated_in_backward:
             raise RuntimeError("step() without gradients: they were cleared after backward()")
-
-    def _name(self, p: nn.Parameter) -> str:
-        return next(name for name, q in self.observer.model.named_parameters() if q is p)
 
     @property
     def _partial(self) -> bool:
@@ -250,7 +249,8 @@ class BatchCycle:
         grad_norm_sq: Tensor | None = None,
         lr: float | None = None,
         reductions: Tensor | None = None,
-        **metric: dict[str, Any],
+        accumulators: dict[str, Tensor] | None = None,
+        eps: dict[str, float] | None = None,
     ) -> None:
         """Tests the complete batch, if that is due, sets the next size and starts counting anew.
 
@@ -259,7 +259,8 @@ class BatchCycle:
                 read from `.grad`.
             lr: learning rate of the step, for criteria that look at it.
             reductions: of the coordinates, where the update has computed them.
-            metric: `accumulators` and `eps` of the statistics, for criteria that look at them.
+            accumulators: by parameter name, for criteria that look at them; eps likewise.
+            eps: see there.
         """
         controller = self.controller
         samples = sum(self.observer.rows()) * self.ranks.size
@@ -278,7 +279,9 @@ class BatchCycle:
                         f"{samples // self.ranks.size} on this one: averaged gradients would give "
                         "them different weights. Use AdaptiveDataLoader"
                     )
-                statistics = replace(statistics, loss=self._mean_loss(), lr=lr, **metric)
+                statistics = replace(
+                    statistics, loss=self._mean_loss(), lr=lr, accumulators=accumulators, eps=eps
+                )
                 self.decision = self._test(statistics)
                 self.statistics = statistics
                 controller.advance(self.decision, statistics, samples)

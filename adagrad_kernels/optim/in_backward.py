@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..functional import Call
 from ..layers import ObservedLayer
+from ..selfcheck import parameter_name
 from .base import AdaptiveAdagrad, Updated
 
 _COMPILED = (
@@ -197,7 +198,7 @@ class InBackward:
         self._done[p] = norm, options.lr
 
     def _name(self, p: Tensor) -> str:
-        return next(name for name, q in self._observer.model.named_parameters() if q is p)
+        return parameter_name(self._observer.model, p)
 
     # Called by the optimizer
 

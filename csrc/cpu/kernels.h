@@ -185,11 +185,13 @@ struct WeightGrad {
   const int64_t* position;                                     // [positions], offsets into it
   int64_t positions;                                           // how many t
   int64_t image() const { return channels * depth * height * width; }
-  // outputs; the first two are overwritten, the others added to
-  T* sum;            // [panels][members][panel_width], or null: straight to the weight's rows
-  T* sum_sq;         // the same; null where squares are not wanted, too
-  T* grad;           // the rows where sum is null, and there is one chunk only
-  T* grad_sq;        // the same, or null
+  // outputs: norms and the bias are added to, the others overwritten. Either sum (and sum_sq where
+  // squares are wanted), to be joined later, or where one chunk holds all samples grad (and
+  // grad_sq)
+  T* sum;            // [panels][members][panel_width], or null
+  T* sum_sq;         // the same
+  T* grad;           // rows of the weight, or null
+  T* grad_sq;        // the same
   int64_t row;       // elements from row to row
   bool lanes_outer;  // row = lane (convolution), otherwise row = member (linear)
   double* norms;     // [samples of the whole batch]
