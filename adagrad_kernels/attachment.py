@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from .faults import layer_name
 from .layers import OBSERVED, ObservedLayer, fallback_class, observed_class
 from .layers.base import CallRecorder
 
@@ -121,7 +122,7 @@ def _plan(
         own = dict(module.named_parameters(recurse=bool(computed)))
         if isinstance(module, ObservedLayer):
             raise ValueError(
-                f"layer {_called(name)} is observed already: call detach() of the optimizer (or "
+                f"layer {layer_name(name)} is observed already: call detach() of the optimizer (or "
                 "observer) that was made for this model before, or make the model anew"
             )
         if any(nn.parameter.is_lazy(p) for p in own.values()):
@@ -155,15 +156,11 @@ def _computed(module: nn.Module) -> str:
     return ""
 
 
-def _called(name: str) -> str:
-    return repr(name or "(the model itself)")
-
-
 def _unsupported(name: str, module: nn.Module, trainable: list[str], reason: str) -> str:
     known = ", ".join(cls.__name__ for cls in OBSERVED)
     kind = type(module).__name__
     return (
-        f"layer {_called(name)} ({kind}) has trainable parameters "
+        f"layer {layer_name(name)} ({kind}) has trainable parameters "
         f"({', '.join(trainable)}) whose per-sample gradients cannot be measured"
         + (f" ({reason})" if reason else "")
         + f". Supported: {known} and subclasses that keep their forward. Freeze the parameters "

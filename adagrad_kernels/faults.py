@@ -26,20 +26,25 @@ UNSEEN_DISAGREEMENT = (
 )
 
 
+def layer_name(name: str) -> str:
+    """A module's path in the model, as messages show it."""
+    return repr(name or "(the model itself)")
+
+
 def repeated(layer: str) -> str:
     """More backward passes through a layer than forward passes."""
     return (
-        f"layer {layer!r} took part in more backward passes than forward passes, so that its "
-        "samples would count twice: run backward() once for each forward pass, for the sum of the "
-        "losses"
+        f"layer {layer_name(layer)} took part in more backward passes than forward passes, so "
+        "that its samples would count twice: run backward() once for each forward pass, for the "
+        "sum of the losses"
     )
 
 
 def unexpected(layer: str) -> str:
     """A layer that took part twice in one backward pass, after one call in the forward pass."""
     return (
-        f"layer {layer!r} took part twice in one backward pass but was called once in the forward "
-        "pass: run backward() once for each forward pass"
+        f"layer {layer_name(layer)} took part twice in one backward pass but was called once in "
+        "the forward pass: run backward() once for each forward pass"
     )
 
 

@@ -286,6 +286,12 @@ def test_backward_twice_through_one_forward(device: torch.device) -> None:
         observer.statistics()
     observer.reset()
     model.zero_grad()
+    alone = nn.Linear(3, 1).to(device)
+    whole = ak.observe(alone)
+    out = alone(torch.ones(2, 3, device=device))
+    out.sum().backward(retain_graph=True), out.sum().backward()
+    with pytest.raises(RuntimeError, match=r"layer '\(the model itself\)' took part"):
+        whole.check()
     first, second = model(x), model(x)  # two forward passes first
     squares(first, y).backward(), squares(second, y).backward()
     s = observer.statistics(gradient_scale=0.5)
