@@ -15,15 +15,17 @@ from torch import Tensor
 from adagrad_kernels import _library, ops, triton_kernels
 
 pytest.importorskip("triton")
-from triton_aot import Binary, Launch, compile_launch, record
+from triton_aot import Binary, Launch, compile_launch, record, specialisation
 
 from adagrad_kernels.triton_kernels import (
     adagrad,
+    common,
     conv,
     embedding,
     linear,
     linear_update,
     norm,
+    pieces,
     statistics,
 )
 
@@ -65,8 +67,8 @@ def conv_case(
     return conv.conv_weight_grad, (g, x, *options)
 
 
-def update_case(positions: int, dtype: torch.dtype, coordinates: bool) -> Any:
-    g = meta(64, positions, 1024, dtype=dtype)
+def update_case(positions: int, dtype: torch.dtype, coordinates: bool, b: int = 64) -> Any:
+    g = meta(b, positions, 1024, dtype=dtype)
     hyperparameters = (0.1, 1e-10, 0.01, False, 1.0)
     tensors = (g, g, meta(1024, 1024), meta(1024, 1024))
     return linear_update.linear_adagrad_, (*tensors, 64, False, coordinates, *hyperparameters)
@@ -167,7 +169,10 @@ def no_precision_left_behind() -> Iterator[None]:
         setting.fp32_precision = value
 
 
-def launches(patch: pytest.MonkeyPatch, case: Any, precision: str = "ieee") -> list[Launch]:
+def launches(
+    patch: pytest.MonkeyPatch, case: Any, precision: str = "ieee", arch: int = 90
+) -> list[Launch]:
+    patch.setattr(common, "capability", lambda device: divmod(arch, 10))
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision
     launcher: Callable[..., Any] = case[0]
@@ -185,7 +190,7 @@ def check(binary: Binary, launch: Launch, arch: int) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("case", TILES)
 def test_tiles_spill_nothing(monkeypatch: pytest.MonkeyPatch, case: str, arch: int) -> None:
-    found = launches(monkeypatch, *TILES[case])
+    found = launches(monkeypatch, *TILES[case], arch)
     products = [launch for launch in found if "PRECISION" in launch.kernel.arg_names]
     assert products
     for launch in products:
@@ -207,6 +212,58 @@ def test_memory_bound_kernels_leave_room_for_many_warps(
         binary = compile_launch(launch, arch)
         check(binary, launch, arch)
         assert binary.registers <= 128, f"{launch.kernel.__name__} takes {binary.registers}"
+
+
+BATCHES = (1, 3, 16, 33, 40, 64)
+GROWING: dict[str, Callable[[int], Any]] = {
+    "outer": lambda b: linear_case((b, 1, 1024, 1024), BF16, True, "outer"),
+    "direct": lambda b: linear_case((b, 256, 1000, 768), BF16, False, "direct"),
+    "gram": lambda b: linear_case((b, 16, 1024, 1024), BF16, False, "gram"),
+    "conv": lambda b: conv_case((b, 512, 512, 4), F32, True),
+    "update": lambda b: update_case(16, BF16, True, b),
+    "embedding": lambda b: (
+        embedding.embedding_weight_grad,
+        (meta(b, 100, 768, dtype=BF16), meta(b, 100, dtype=torch.int64), 1000, -1, 64, True),
+    ),
+    "layer_norm": lambda b: (
+        norm.scale_weight_grad,
+        (*(meta(b, 100, 768, 1),) * 2, *(meta(b, 100, 1, 1),) * 2, 64, True, True, True),
+    ),
+    "sample_statistics": lambda b: (statistics.sample_statistics, (meta(b, 1000),)),
+}
+
+
+@pytest.mark.parametrize("case", GROWING)
+def test_one_compiled_kernel_serves_all_batch_sizes(
+    monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Batches grow during training: what is compiled must not depend on them."""
+    compiled: dict[str, list[Any]] = {}
+    for b in BATCHES:
+        found: dict[str, list[Any]] = {}
+        for launch in launches(monkeypatch, GROWING[case](b)):
+            found.setdefault(launch.kernel.__name__, []).append(specialisation(launch))
+        for name, special in found.items():
+            assert special == compiled.setdefault(name, special), f"{name} of {b} samples"
+    assert compiled
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("case", ["direct", "direct-coordinates", "conv-last"])
+def test_pieces_are_joined_by_many_warps(
+    monkeypatch: pytest.MonkeyPatch, case: str, arch: int
+) -> None:
+    monkeypatch.setattr(common, "multiprocessors", lambda device: 7)  # for so few, tiles are cut
+    joins = [
+        launch
+        for launch in launches(monkeypatch, *TILES[case], arch)
+        if launch.kernel is pieces.join_pieces_kernel
+    ]
+    assert joins
+    for launch in joins:
+        binary = compile_launch(launch, arch)
+        check(binary, launch, arch)
+        assert binary.registers <= 64
 
 
 ONE = [meta(1)]

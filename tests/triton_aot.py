@@ -70,13 +70,14 @@ def record(
     return launches
 
 
-def compile_launch(launch: Launch, arch: int) -> Binary:
-    """Compiles for sm_<arch>."""
+def specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """What the launch is compiled for: (types, constants, alignments) of its arguments."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
+        special = not parameter.do_not_specialize
         aligned = isinstance(value, torch.Tensor)
-        if parameter.is_constexpr or (type(value) is int and value == 1):
+        if parameter.is_constexpr or (special and type(value) is int and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
@@ -86,9 +87,15 @@ def compile_launch(launch: Launch, arch: int) -> Binary:
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = special and value % 16 == 0
         if aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, arch: int) -> Binary:
+    """Compiles for sm_<arch>."""
+    signature, constants, attributes = specialisation(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     usage = _resource_usage(compiled.asm["cubin"])

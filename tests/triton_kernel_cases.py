@@ -30,6 +30,7 @@ from adagrad_kernels.triton_kernels import (
     linear,
     linear_update,
     norm,
+    pieces,
     statistics,
 )
 
@@ -135,6 +136,61 @@ def test_the_gram_form_is_for_norms_of_few_positions_alone() -> None:
     assert method(16, False) == "gram"
     assert method(16, True) == "direct"
     assert method(2048, False) == "direct"
+
+
+@pytest.mark.parametrize("slots", [3, 7, 30])
+@pytest.mark.parametrize("coordinates", [False, True])
+def test_tiles_whole_and_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, slots: int, coordinates: bool
+) -> None:
+    """As on a device that is full with so few programs: of 12 to 24 tiles some are cut."""
+    monkeypatch.setattr(common, "multiprocessors", lambda device: slots)
+    monkeypatch.setattr(pieces, "WARPS", 1)
+    monkeypatch.setattr(pieces, "JOIN_COST", 0)
+    seen, cut_tiles = [], pieces.cut
+
+    def record(*arguments: int) -> pieces.Pieces:
+        seen.append(cut_tiles(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(pieces, "cut", record)
+    options = (True, False, coordinates)
+    g, x = torch.randn(5, 20, 300), torch.randn(5, 20, 250)
+
+    def direct(*arguments: Any) -> Any:
+        return linear.linear_weight_grad(*arguments, method="direct")
+
+    compare(direct, reference.linear_weight_grad, g, x, 5, *options)
+    if coordinates:  # the outer product; norms alone need no kernel
+        g, x = torch.randn(90, 1, 300), torch.randn(90, 1, 250)
+        compare(linear.linear_weight_grad, reference.linear_weight_grad, g, x, 90, *options)
+    for memory_format in (torch.contiguous_format, LAST2):
+        case = ((5, 66, 4, 3), 130, (3, 2), (1, 1), (1, 1), (1, 1), 2, memory_format)
+        arguments = conv_arguments(case, F32)
+        compare(conv.conv_weight_grad, reference.conv_weight_grad, *arguments, *options)
+    assert any(cut.rest for cut in seen)
+    assert any(cut.whole and cut.rest for cut in seen) or slots == 30
+
+
+@pytest.mark.parametrize("slots", [1, 7, 132])
+@pytest.mark.parametrize("samples", [1, 2, 8, 1000])
+def test_pieces_hold_every_sample_of_every_tile_once(slots: int, samples: int) -> None:
+    for tiles, steps in itertools.product([*range(1, 150, 7), 36, 108, 144], [1, 16]):
+        cut = pieces.cut(tiles, samples, steps, slots)
+        assert cut.whole + cut.rest == tiles
+        assert (cut.count - 1) * cut.size < samples <= cut.count * cut.size
+        assert cut.whole % slots == 0 or not cut.rest
+        assert cut.rest * cut.count <= 2 * slots + cut.rest  # the memory that they take
+
+
+def test_pieces_make_the_last_wave_short() -> None:
+    """The tiles of a transformer's layers (768 wide) on an H100, 16 passes a sample."""
+    assert pieces.cut(36, 8, 16, 132) == pieces.Pieces(0, 36, 3, 3)
+    assert pieces.cut(108, 16, 16, 132) == pieces.Pieces(0, 108, 14, 2)
+    assert pieces.cut(144, 8, 16, 132) == pieces.Pieces(132, 12, 1, 8)
+    assert pieces.cut(132, 8, 16, 132) == pieces.Pieces(132, 0, 8, 1)
+    assert pieces.cut(108, 8, 16, 132) == pieces.Pieces(108, 0, 8, 1)  # not worth it
+    assert pieces.cut(1, 2, 1, 132) == pieces.Pieces(1, 0, 2, 1)
 
 
 def test_splits_fill_the_device_and_stay_in_bounds() -> None:

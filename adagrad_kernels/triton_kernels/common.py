@@ -27,12 +27,14 @@ from triton import knobs
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Given to every kernel: Triton's default for multiply-add fusion differs between versions."""
+BATCH = ["samples", "capacity", "rows", "splits", "split_samples", "whole", "rest", "size", "count"]
+"""Arguments that grow with the batch; Triton compiles no variants for 1 and multiples of 16."""
 
 _MULTIPROCESSORS = 132  # of an H100, where there is no device to ask
 _PARTIAL_BYTES = 1 << 26  # what the partial sums of split samples may take
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def sum_splits_kernel(
     p_parts, p_sum, p_square, n, splits, SQUARES: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -52,7 +54,7 @@ def sum_splits_kernel(
         tl.store(p_square + o_j, b_square, mask=m_j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def pool_norms_kernel(
     p_partials, p_probe, samples, capacity, parts, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -101,6 +103,12 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return _MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The device's compute capability; an H100's where there is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def choose_splits(device: torch.device, tiles: int, steps: int, output_bytes: int) -> int:

@@ -33,27 +33,30 @@ from torch import Tensor
 
 from . import common, conv_gram
 from .patches import geometry, patch_index, patches
+from .pieces import TileSums, piece, store_tile
 from .statistics import column_parts, column_statistics
-from .tiles import Tile
+from .tiles import Tile, tile_index
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.BATCH)
 def conv_weight_grad_kernel(
-    p_g, p_x, p_sum, p_square, p_partials,
+    p_g, p_x, p_partials, p_sum, p_square, p_pieces, p_squares, whole, rest, size,
     samples, P, O, C, D, H, W, OH, OW, KD, KH, KW, SD, SH, SW, PD, PH, PW, DD, DH, DW,
-    g_i, g_c, g_p, x_i, x_c, x_d, x_h, x_w, split_stride, split_samples, parts,
+    g_i, g_c, g_p, x_i, x_c, x_d, x_h, x_w, parts,
     DIMS: tl.constexpr, G_LAST: tl.constexpr, X_LAST: tl.constexpr, ONE_K: tl.constexpr,
     SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Σ_i c_i, and with SQUARES Σ_i c_i², of one tile, one split of the samples and one group.
+    """Σ_i c_i, and with SQUARES Σ_i c_i², of one tile or piece (pieces.py).
 
     O and C count a group's channels; strides are those of p_g [b, O, P] and p_x [b, C, D, H, W].
     """
-    i_tile, i_s, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_program = tl.program_id(0)
+    i_tile, first, last = piece(i_program, samples, whole, rest, size)
     R = C * KD * KH * KW
-    tiles_n = tl.cdiv(R, BN)
-    i_m, i_n = i_tile // tiles_n, i_tile % tiles_n
+    tiles_m, tiles_n = tl.cdiv(O, BM), tl.cdiv(R, BN)
+    i_group = i_tile // (tiles_m * tiles_n)
+    i_m, i_n = tile_index(i_tile % (tiles_m * tiles_n), tiles_m, tiles_n)
     o_m, o_n, o_k = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     if ONE_K:  # the tile's columns are channels, side by side in memory, of one kernel element
         o_c = tl.multiple_of(i_n * BN % C, BN) + tl.arange(0, BN)
@@ -63,14 +66,13 @@ def conv_weight_grad_kernel(
         o_c, o_kd, o_kh, o_kw = patch_index(o_n, C, KD, KH, KW, X_LAST)
     p_g += i_group.to(tl.int64) * O * g_c
     p_x += i_group.to(tl.int64) * C * x_c
-    p_partials += i_group * tl.num_programs(0) + i_tile
+    p_partials += i_tile
 
     b_c = tl.zeros([BM, BN], dtype=tl.float32)
     b_sum = tl.zeros([BM, BN], dtype=tl.float32)
     b_square = tl.zeros([BM, BN], dtype=tl.float32)
     steps = tl.cdiv(P, BK)
-    last = tl.minimum((i_s + 1) * split_samples, samples)
-    for step in range(i_s * split_samples * steps, last * steps):
+    for step in range(first * steps, last * steps):
         i = step // steps
         o_p = (step - i * steps) * BK + o_k
         p_gi, p_xi = p_g + tl.cast(i, tl.int64) * g_i, p_x + tl.cast(i, tl.int64) * x_i
@@ -109,11 +111,11 @@ def conv_weight_grad_kernel(
             b_c = tl.zeros([BM, BN], dtype=tl.float32)
 
     o_r = o_c * (KD * KH * KW) + (o_kd * KH + o_kh) * KW + o_kw
-    o_out = i_s.to(tl.int64) * split_stride + (i_group * O + o_m)[:, None].to(tl.int64) * R
+    o_out = (i_group * O + o_m)[:, None].to(tl.int64) * R + o_r[None, :]
     m_out = (o_m < O)[:, None] & (o_n < R)[None, :]
-    tl.store(p_sum + o_out + o_r[None, :], b_sum, mask=m_out)
+    store_tile(p_sum, p_pieces, i_program, whole, b_sum, o_out, m_out, BM, BN)
     if SQUARES:
-        tl.store(p_square + o_out + o_r[None, :], b_square, mask=m_out)
+        store_tile(p_square, p_squares, i_program, whole, b_square, o_out, m_out, BM, BN)
 
 
 def conv_precision() -> str:
@@ -164,24 +166,17 @@ def weight_grad(
         squares: whether Σ c_i² is wanted.
     """
     samples, rows, channels = g.shape[0], g.shape[1] // groups, x.shape[1] // groups
-    columns, positions = channels * math.prod(options[0]), g.shape[2:].numel()
-    tiles = triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
-    steps = samples * triton.cdiv(positions, tile.BK)
-    size = 4 * groups * rows * columns * (1 + squares)
-    splits = common.choose_splits(g.device, tiles * groups, steps, size)
-    split_samples = triton.cdiv(samples, splits)
-    splits = triton.cdiv(samples, split_samples)
-    sums = common.SplitSums(g, (groups * rows, columns), splits, True, squares)
-    p_sum, p_square, split_stride = sums.arguments
-    conv_weight_grad_kernel[(tiles, splits, groups)](
-        g, x, p_sum, p_square, partials,
-        samples, *geometry(g, x, options, groups), split_stride, split_samples, partials.shape[1],
-        DIMS=dims, G_LAST=g.stride(1) == 1, X_LAST=x.stride(1) == 1,
-        ONE_K=x.stride(1) == 1 and channels % tile.BN == 0, SQUARES=squares,
-        PRECISION=conv_precision(),
+    elements, steps = math.prod(options[0]), triton.cdiv(g.shape[2:].numel(), tile.BK)
+    last = x.stride(1) == 1
+    sums = TileSums(g.device, tile, samples, steps, rows, channels, elements, groups, squares)
+    conv_weight_grad_kernel[(sums.pieces.programs,)](
+        g, x, partials, *sums.arguments,
+        samples, *geometry(g, x, options, groups), partials.shape[1],
+        DIMS=dims, G_LAST=g.stride(1) == 1, X_LAST=last, ONE_K=last and channels % tile.BN == 0,
+        SQUARES=squares, PRECISION=conv_precision(),
         **tile._asdict(), **common.OPTIONS,
     )  # fmt: skip
-    return sums.finish()
+    return sums.finish(channels_last=last)
 
 
 def conv_weight_grad(

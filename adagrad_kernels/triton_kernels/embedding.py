@@ -24,7 +24,7 @@ from torch import Tensor
 from . import common
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.BATCH)
 def embedding_weight_grad_kernel(
     p_g, p_order, p_first, p_sum, p_square, p_partials, T, n, parts, padding_idx,
     splits, split_stride,

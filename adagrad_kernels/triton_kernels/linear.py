@@ -18,7 +18,8 @@ T > 1, Gram (gram.py), norms only and T small against O·I/(O + I): no c_i at al
 float32 multiplies as tf32 if PyTorch's matrix products may, otherwise as three tf32 products of
 halves (22 bits of the 24), several times faster than without tensor cores.
 
-Tiles: tiles.py. Not measured on a GPU.
+Tiles: tiles.py; which program does which, so that the device is full: pieces.py. Not measured on a
+GPU.
 """
 
 # Kernels are written in Triton's language, not in Python's types.
@@ -32,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, gram
+from .pieces import TileSums, piece, store_tile
 from .statistics import column_parts, column_statistics
 from .tiles import Tile, matmul_precision, tile_for, tile_index
 
@@ -99,22 +101,22 @@ def direct_tile(
     return b_sum, b_square
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.BATCH)
 def linear_weight_grad_kernel(
-    p_g, p_x, p_sum, p_square, p_partials,
-    samples, T, O, I, split_stride, split_samples, parts,
+    p_g, p_x, p_partials, p_sum, p_square, p_pieces, p_squares,
+    whole, rest, size, samples, T, O, I, parts,
     UNIT_O: tl.constexpr, UNIT_I: tl.constexpr,
     OUTER: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Σ_i c_i, and with SQUARES Σ_i c_i², of one tile and one split of the samples."""
+    """Σ_i c_i, and with SQUARES Σ_i c_i², of one tile or piece (pieces.py); OUTER counts in BK."""
     O, I = O * UNIT_O, I * UNIT_I  # so that the compiler knows how rows are aligned
-    i_tile, i_s = tl.program_id(0), tl.program_id(1)
-    i_m, i_n = tile_index(i_tile, tl.cdiv(O, BM), tl.cdiv(I, BN), 8)
+    i = tl.program_id(0)
+    i_tile, first, last = piece(i, tl.cdiv(samples, BK) if OUTER else samples, whole, rest, size)
+    i_m, i_n = tile_index(i_tile, tl.cdiv(O, BM), tl.cdiv(I, BN))
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
-    first = i_s * split_samples
-    last = tl.minimum(first + split_samples, samples)
     if OUTER:
+        first, last = first * BK, tl.minimum(last * BK, samples)
         b_sum, b_square = outer_tile(
             p_g, p_x, o_m, o_n, first, last, O, I, SQUARES, PRECISION, BM, BN, BK
         )
@@ -124,13 +126,13 @@ def linear_weight_grad_kernel(
             SQUARES, PRECISION, BM, BN, BK,
         )  # fmt: skip
     m_out = (o_m < O)[:, None] & (o_n < I)[None, :]
-    o_out = i_s.to(tl.int64) * split_stride + o_m[:, None].to(tl.int64) * I + o_n[None, :]
-    tl.store(p_sum + o_out, b_sum, mask=m_out)
+    o_out = o_m[:, None].to(tl.int64) * I + o_n[None, :]
+    store_tile(p_sum, p_pieces, i, whole, b_sum, o_out, m_out, BM, BN)
     if SQUARES:
-        tl.store(p_square + o_out, b_square, mask=m_out)
+        store_tile(p_square, p_squares, i, whole, b_square, o_out, m_out, BM, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.BATCH)
 def outer_norms_kernel(
     p_g, p_x, p_probe, samples, capacity, O, I,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -224,18 +226,14 @@ def weight_grad(
     """Σ c_i and Σ c_i² of g [b, T, O] and x [b, T, I]; for T > 1 the tiles' norms, too."""
     samples, positions, rows = g.shape
     columns = x.shape[2]
-    tiles = triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
     outer = positions == 1
-    steps = triton.cdiv(samples, tile.BK) if outer else samples * triton.cdiv(positions, tile.BK)
-    splits = common.choose_splits(g.device, tiles, steps, 4 * rows * columns * (1 + squares))
-    split_samples = triton.cdiv(samples, splits)
-    splits = triton.cdiv(samples, split_samples)
-    sums = common.SplitSums(g, (rows, columns), splits, True, squares)
-    p_sum, p_square, split_stride = sums.arguments
-    linear_weight_grad_kernel[(tiles, splits)](
-        g, x, p_sum, p_square, partials,
-        samples, positions, rows // unit(rows), columns // unit(columns),
-        split_stride, split_samples, partials.shape[1], UNIT_O=unit(rows), UNIT_I=unit(columns),
+    units = triton.cdiv(samples, tile.BK) if outer else samples
+    steps = triton.cdiv(positions, tile.BK)
+    sums = TileSums(g.device, tile, units, steps, rows, columns, squares=squares)
+    linear_weight_grad_kernel[(sums.pieces.programs,)](
+        g, x, partials, *sums.arguments,
+        samples, positions, rows // unit(rows), columns // unit(columns), partials.shape[1],
+        UNIT_O=unit(rows), UNIT_I=unit(columns),
         OUTER=outer, SQUARES=squares, PRECISION=matmul_precision(),
         **tile._asdict(), **common.OPTIONS,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """A linear layer's AdaGrad update inside its weight-gradient kernel: no gradient in memory.
 
-A program forms its whole tile of ḡ = Σ_i c_i as linear.py does (no splits over samples: a tile must
-be complete), then updates w and v of that tile: 16 bytes a float32 parameter, where writing the
+A program forms its whole tile of ḡ = Σ_i c_i as linear.py does (never in pieces: a tile must be
+complete), then updates w and v of that tile: 16 bytes a float32 parameter, where writing the
 gradient and a fused step move 24. Per-sample norms and coordinate sums come out as always; ‖ḡ‖² and
 the reductions of the coordinate tests too, without another pass. Worth it where the update is
 memory-bound: small b·T against the layer. Tiles are smaller than in linear.py, because w and v of a
@@ -25,7 +25,7 @@ from .statistics import column_parts
 from .tiles import matmul_precision, tile_for, tile_index
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.BATCH)
 def linear_adagrad_kernel(
     p_g, p_x, p_w, p_v, p_square, p_partials, p_table,
     samples, T, O, I, parts, lr, eps, weight_decay, sign, grad_scale, of_sums, of_square,
@@ -34,7 +34,7 @@ def linear_adagrad_kernel(
 ):  # fmt: skip
     """Updates w and v on one tile, and writes the tile's row of the table (see adagrad.py)."""
     i_tile = tl.program_id(0)
-    i_m, i_n = tile_index(i_tile, tl.cdiv(O, BM), tl.cdiv(I, BN), 8)
+    i_m, i_n = tile_index(i_tile, tl.cdiv(O, BM), tl.cdiv(I, BN))
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m = (o_m < O)[:, None] & (o_n < I)[None, :]
     o = o_m[:, None].to(tl.int64) * I + o_n[None, :]

@@ -27,7 +27,7 @@ from . import common
 ROWS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.BATCH)
 def sample_statistics_kernel(
     p_v, p_sum, p_square, p_partials,
     samples, n, split_stride, split_samples, parts, first_part,
@@ -56,7 +56,7 @@ def sample_statistics_kernel(
         tl.store(p_square + i_s * split_stride + o_j, tl.sum(b_square, axis=0), mask=m_j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.BATCH)
 def pool_samples_kernel(
     p_probe, p_norms, p_totals, rows, capacity, FIRST: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -1,9 +1,12 @@
 """Tiles of the weight-gradient kernels: how large, and in which order.
 
 An accumulator of 128×128 takes 64 registers of a thread at 256 threads, of 128×64 or (at 128
-threads) 64×64 half of that; a thread has 255. Two of 128×128 fit beside the operands' addresses;
-with coordinate sums, operands in halves, or w and v of an update, tiles shrink until ptxas spills
-nothing, which is tested for sm_80, sm_90 and sm_100. Not measured on a GPU.
+threads) 64×64 half of that; a thread has 255, and 128 at 512 threads. Two of 128×128 fit beside the
+operands' addresses; three (with coordinate sums) only on Hopper, in 512 threads and for 16-bit
+operands. Otherwise with coordinate sums, operands in halves, or w and v of an update, tiles shrink
+until ptxas spills nothing, which is tested for sm_80, sm_90 and sm_100; but smaller tiles read the
+operands more often: 16 bits at 600 TFLOP/s take 9.4 TB/s from L2 in tiles of 128×128, 14 in 128×64.
+Not measured on a GPU.
 """
 
 # Kernels are written in Triton's language, not in Python's types.
@@ -54,6 +57,10 @@ def choose_tile(rows: int, columns: int, accumulators: int, itemsize: int) -> Ti
 def tile_for(g: Tensor, x: Tensor, coordinates: bool, update: bool = False) -> Tile:
     """`choose_tile` for g [b, T, O] and x [b, T, I]; the update holds w and v, too."""
     outer = g.shape[1] == 1
+    large = g.itemsize == 2 and min(g.shape[2], x.shape[2]) > 64
+    hopper = common.capability(g.device) == (9, 0)
+    if large and hopper and coordinates and not outer and not update:
+        return Tile(128, 128, 64, 16, 3)
     accumulators = 2 + coordinates + update
     if matmul_precision() == "tf32x3" and (g.dtype == torch.float32 or outer):
         accumulators += 1
@@ -73,9 +80,9 @@ def matmul_precision() -> str:
 
 
 @triton.jit
-def tile_index(i_tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """(row, column) of a tile, GROUP rows of tiles at a time so that neighbours share operands."""
-    i_group = i_tile // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - i_group * GROUP, GROUP)
-    i_inner = i_tile % (GROUP * tiles_n)
-    return i_group * GROUP + i_inner % height, i_inner // height
+def tile_index(i_tile, tiles_m, tiles_n):
+    """(row, column) of a tile, 8 rows of tiles at a time so that neighbours share operands."""
+    i_group = i_tile // (8 * tiles_n)
+    height = tl.minimum(tiles_m - i_group * 8, 8)
+    i_inner = i_tile % (8 * tiles_n)
+    return i_group * 8 + i_inner % height, i_inner // height
