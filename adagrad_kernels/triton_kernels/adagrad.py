@@ -132,7 +132,7 @@ class Table:
     """Rows of partial terms [rows, 5] of many tensors, BLOCK elements a row."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._rows = [triton.cdiv(t.numel(), BLOCK) for t in tensors]
+        self._rows = [common.cdiv(t.numel(), BLOCK) for t in tensors]
         size = (sum(self._rows), TERMS)
         self._table = torch.empty(size, dtype=torch.float32, device=tensors[0].device)
 

@@ -135,7 +135,7 @@ def tile_for(g: Tensor, rows: int, columns: int, dims: int) -> Tile:
     """
 
     def power(n: int, largest: int) -> int:
-        return min(largest, max(16, triton.next_power_of_2(n)))
+        return min(largest, max(16, common.next_power_of_2(n)))
 
     exact = conv_precision() == "tf32x3" and g.itemsize == 4  # operands in halves
     bm, bn = power(rows, 128), power(columns, 64)
@@ -166,7 +166,7 @@ def weight_grad(
         squares: whether Σ c_i² is wanted.
     """
     samples, rows, channels = g.shape[0], g.shape[1] // groups, x.shape[1] // groups
-    elements, steps = math.prod(options[0]), triton.cdiv(g.shape[2:].numel(), tile.BK)
+    elements, steps = math.prod(options[0]), common.cdiv(g.shape[2:].numel(), tile.BK)
     last = x.stride(1) == 1
     sums = TileSums(g.device, tile, samples, steps, rows, channels, elements, groups, squares)
     conv_weight_grad_kernel[(sums.pieces.programs,)](
@@ -216,7 +216,7 @@ def conv_weight_grad(
     if weight and method == "gram":
         parts = groups * conv_gram.parts(positions)
     elif weight:
-        parts = groups * triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
+        parts = groups * common.cdiv(rows, tile.BM) * common.cdiv(columns, tile.BN)
     bias_parts = column_parts(grad_out.shape[1]) if bias else 0
     partials = torch.empty(samples, parts + bias_parts, dtype=torch.float32, device=g.device)
     grad, sums, grad_bias, bias_sums = common.nothing(g, 4)

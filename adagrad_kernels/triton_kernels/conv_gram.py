@@ -93,12 +93,12 @@ def position_patches(
 
 def block(positions: int) -> int:
     """Pixels of a tile of the Gram matrices."""
-    return min(gram.BLOCK, max(16, triton.next_power_of_2(positions)))
+    return min(gram.BLOCK, max(16, common.next_power_of_2(positions)))
 
 
 def parts(positions: int) -> int:
     """Tiles of the upper triangle of a sample's Gram matrix."""
-    tiles = triton.cdiv(positions, block(positions))
+    tiles = common.cdiv(positions, block(positions))
     return tiles * (tiles + 1) // 2
 
 

@@ -77,13 +77,13 @@ def embedding_weight_grad(
     samples, n = indices.shape[0], grad_out.shape[-1]
     positions = indices.shape[1:].numel()
     tokens, order = indices.flatten().sort(stable=True)
-    block = min(256, max(16, triton.next_power_of_2(n)))
-    parts = triton.cdiv(n, block)
+    block = min(256, max(16, common.next_power_of_2(n)))
+    parts = common.cdiv(n, block)
     steps = samples * positions // num_embeddings
     size = 4 * num_embeddings * n * (1 + coordinates)
     splits = common.choose_splits(tokens.device, num_embeddings * parts, steps, size)
-    split_samples = triton.cdiv(samples, splits)
-    splits = triton.cdiv(samples, split_samples)
+    split_samples = common.cdiv(samples, splits)
+    splits = common.cdiv(samples, split_samples)
     keys = tokens.long() * splits + order // (positions * split_samples)  # ascending as well
     every = torch.arange(num_embeddings * splits + 1, device=keys.device)
     first = torch.searchsorted(keys, every)  # positions of (v, s): first[q] to first[q + 1]

@@ -71,7 +71,7 @@ def linear_gram_kernel(
 
 def parts(positions: int) -> int:
     """Tiles of the upper triangle of a sample's Gram matrix."""
-    tiles = triton.cdiv(positions, BLOCK)
+    tiles = common.cdiv(positions, BLOCK)
     return tiles * (tiles + 1) // 2
 
 

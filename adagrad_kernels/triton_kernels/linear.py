@@ -161,7 +161,7 @@ def outer_norms_kernel(
 def outer_norms(g: Tensor, x: Tensor, capacity: int, weight: bool, bias: bool) -> Tensor:
     """The probe's gradient for one position a sample, g [b, O] and x [b, I]."""
     probe = common.empty_probe(g, g.shape[0], capacity)
-    outer_norms_kernel[(triton.cdiv(capacity, 4),)](
+    outer_norms_kernel[(common.cdiv(capacity, 4),)](
         g, x, probe, g.shape[0], capacity, g.shape[1], x.shape[1],
         WEIGHT=weight, BIAS=bias, ROWS=4, BLOCK=256, num_warps=4, **common.OPTIONS,
     )  # fmt: skip
@@ -227,8 +227,8 @@ def weight_grad(
     samples, positions, rows = g.shape
     columns = x.shape[2]
     outer = positions == 1
-    units = triton.cdiv(samples, tile.BK) if outer else samples
-    steps = triton.cdiv(positions, tile.BK)
+    units = common.cdiv(samples, tile.BK) if outer else samples
+    steps = common.cdiv(positions, tile.BK)
     sums = TileSums(g.device, tile, units, steps, rows, columns, squares=squares)
     linear_weight_grad_kernel[(sums.pieces.programs,)](
         g, x, partials, *sums.arguments,
@@ -266,7 +266,7 @@ def linear_weight_grad(
     tile = tile_for(g, x, coordinates)
     parts = 0
     if method == "direct":
-        parts = triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
+        parts = common.cdiv(rows, tile.BM) * common.cdiv(columns, tile.BN)
     elif method == "gram":
         parts = gram.parts(positions)
     bias_parts = column_parts(rows) if bias and positions > 1 else 0

@@ -109,7 +109,7 @@ def linear_adagrad_(
         raise RuntimeError(f"linear_adagrad_: sum must be float32, got {sum.dtype}")
     outer = positions == 1
     tile = tile_for(g, x, coordinates, update=True)
-    tiles = triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
+    tiles = common.cdiv(rows, tile.BM) * common.cdiv(columns, tile.BN)
     parts = 0 if outer else tiles
     bias_parts = column_parts(rows) if bias and not outer else 0
 

@@ -91,18 +91,18 @@ def chunk_sums(
     samples, outer, channels, inner = g.shape
     positions = outer * inner
     last = g.stride(2) == 1 and inner == 1
-    size = triton.next_power_of_2(channels)
+    size = common.next_power_of_2(channels)
     bp, bc = (8, min(128, size)) if last else (128, min(8, size))
     chunk = CHUNK  # smaller where there would be too few programs
     while chunk > 4 * bp and (
-        samples * triton.cdiv(positions, chunk) * triton.cdiv(channels, bc)
+        samples * common.cdiv(positions, chunk) * common.cdiv(channels, bc)
         < 8 * common.multiprocessors(g.device)
     ):
         chunk //= 2
-    chunks = triton.cdiv(positions, chunk)
+    chunks = common.cdiv(positions, chunk)
     made = torch.empty(2, samples, chunks, channels, dtype=torch.float32, device=g.device)
     expanded = [g if t is None else t.expand(g.shape) for t in (mean, rstd)]
-    scale_chunk_kernel[(samples, chunks, triton.cdiv(channels, bc))](
+    scale_chunk_kernel[(samples, chunks, common.cdiv(channels, bc))](
         g, x, *expanded, made[0], made[1], channels, inner, positions,
         *g.stride(), *x.stride(), *expanded[0].stride(), *expanded[1].stride(),
         MEAN=_kind(mean, expanded[0]), RSTD=_kind(rstd, expanded[1]), WEIGHT=weight, LAST=last,

@@ -74,20 +74,20 @@ def cut(tiles: int, samples: int, steps: int, slots: int) -> Pieces:
     def time(size: int) -> float:
         full, last = divmod(samples, size)
         waves, begun = divmod(rest * full, slots)
-        after = triton.cdiv(rest, slots - begun) * last  # in slots where no full piece runs
+        after = common.cdiv(rest, slots - begun) * last  # in slots where no full piece runs
         span = waves * size + max(size if begun else 0, after)
-        count = triton.cdiv(samples, size)
+        count = common.cdiv(samples, size)
         return span * steps + (JOIN_COST * (1 + rest * count / slots) if count > 1 else 0)
 
     if not rest:
         return Pieces(tiles, 0, samples, 1)
     most = min(samples, 2 * slots // rest)  # pieces of a tile: two a slot in all
-    sizes = {triton.cdiv(samples, count) for count in range(1, most + 1)}
-    sizes.add(triton.cdiv(rest * samples, slots))  # what a slot has to do
+    sizes = {common.cdiv(samples, count) for count in range(1, most + 1)}
+    sizes.add(common.cdiv(rest * samples, slots))  # what a slot has to do
     size = min(sorted(sizes, reverse=True), key=time)
     if size == samples:
         return Pieces(tiles, 0, samples, 1)
-    return Pieces(whole, rest, size, triton.cdiv(samples, size))
+    return Pieces(whole, rest, size, common.cdiv(samples, size))
 
 
 @triton.jit
@@ -182,7 +182,7 @@ class TileSums:
 
         self._tile, self._squares = tile, squares
         self._sizes = rows, channels, elements
-        self._tiles = triton.cdiv(rows, tile.BM), triton.cdiv(channels * elements, tile.BN)
+        self._tiles = common.cdiv(rows, tile.BM), common.cdiv(channels * elements, tile.BN)
         slots = common.multiprocessors(device) * max(1, WARPS // tile.num_warps)
         tiles = groups * self._tiles[0] * self._tiles[1]
         self.pieces = pieces = cut(tiles, samples, steps, slots)

@@ -92,12 +92,12 @@ def pool_samples_kernel(
 
 def column_block(n: int) -> int:
     """Columns of a program's tile."""
-    return min(512, max(16, triton.next_power_of_2(n)))
+    return min(512, max(16, common.next_power_of_2(n)))
 
 
 def column_parts(n: int) -> int:
     """How many partial norms a row of n columns has."""
-    return triton.cdiv(n, column_block(n))
+    return common.cdiv(n, column_block(n))
 
 
 def column_statistics(
@@ -114,9 +114,9 @@ def column_statistics(
     """
     samples, n = v.shape
     block = column_block(n)
-    tiles = triton.cdiv(n, block)
-    splits = common.choose_splits(v.device, tiles, triton.cdiv(samples, ROWS), 4 * n)
-    split_samples = triton.cdiv(triton.cdiv(samples, splits), ROWS) * ROWS
+    tiles = common.cdiv(n, block)
+    splits = common.choose_splits(v.device, tiles, common.cdiv(samples, ROWS), 4 * n)
+    split_samples = common.cdiv(common.cdiv(samples, splits), ROWS) * ROWS
     sums = common.SplitSums(v, (n,), splits, True, squares)
     p_sum, p_square, split_stride = sums.arguments
     sample_statistics_kernel[(tiles, splits)](
@@ -156,7 +156,7 @@ def pool_samples(probes: list[Tensor], rows: list[int]) -> tuple[Tensor, Tensor]
     done = 0
     for k, (probe, n) in enumerate(zip(probes, rows, strict=True)):
         capacity = probe.shape[1]
-        block = min(1024, max(16, triton.next_power_of_2(capacity)))
+        block = min(1024, max(16, common.next_power_of_2(capacity)))
         pool_samples_kernel[(1,)](
             probe.contiguous(), norms[done:], totals, n, capacity,
             FIRST=k == 0, BLOCK=block, num_warps=4, **common.OPTIONS,

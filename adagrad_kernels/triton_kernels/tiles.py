@@ -71,7 +71,7 @@ def tile_for(g: Tensor, x: Tensor, coordinates: bool, update: bool = False) -> T
 
 
 def _power(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+    return max(16, common.next_power_of_2(n))
 
 
 def matmul_precision() -> str:
