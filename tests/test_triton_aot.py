@@ -22,6 +22,7 @@ from adagrad_kernels.triton_kernels import (
     common,
     conv,
     embedding,
+    finish,
     linear,
     linear_update,
     norm,
@@ -250,20 +251,19 @@ def test_one_compiled_kernel_serves_all_batch_sizes(
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("case", ["direct", "direct-coordinates", "conv-last"])
-def test_pieces_are_joined_by_many_warps(
+def test_what_follows_a_product_takes_few_registers(
     monkeypatch: pytest.MonkeyPatch, case: str, arch: int
 ) -> None:
     monkeypatch.setattr(common, "multiprocessors", lambda device: 7)  # for so few, tiles are cut
-    joins = [
-        launch
-        for launch in launches(monkeypatch, *TILES[case], arch)
-        if launch.kernel is pieces.join_pieces_kernel
+    after = [pieces.join_pieces_kernel, finish.finish_kernel]
+    found = [
+        launch for launch in launches(monkeypatch, *TILES[case], arch) if launch.kernel in after
     ]
-    assert joins
-    for launch in joins:
+    assert [launch.kernel for launch in found] == after
+    for launch in found:
         binary = compile_launch(launch, arch)
         check(binary, launch, arch)
-        assert binary.registers <= 64
+        assert binary.registers <= 128
 
 
 ONE = [meta(1)]

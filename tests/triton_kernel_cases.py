@@ -27,6 +27,7 @@ from adagrad_kernels.triton_kernels import (
     common,
     conv,
     embedding,
+    finish,
     linear,
     linear_update,
     norm,
@@ -345,6 +346,40 @@ def test_norm_backward(
     given = mean if centred else None
     arguments = (g, x, given, rstd, scale, shape[0] + 2, True, True, True)
     compare(norm.norm_backward, reference.norm_backward, *arguments)
+
+
+@pytest.mark.parametrize("squares", [True, False])
+@pytest.mark.parametrize(
+    ("samples", "parts", "vectors", "chunks", "n"),
+    [
+        (3, 4, 0, 1, 0),
+        (2, 1030, 1, 1, 140),  # more parts and elements than a program takes at a time
+        (3, 0, 2, 5, 20),
+        (2, 3, 2, 32, 130),
+        (3, 2, 1, 33, 7),  # added up before
+        (300, 1, 2, 1, 20),  # samples are split
+        (1, 0, 0, 1, 0),
+    ],
+)
+def test_finish(samples: int, parts: int, vectors: int, chunks: int, n: int, squares: bool) -> None:
+    partials = torch.rand(samples, parts) if parts else None
+    v = torch.randn(vectors, samples, chunks, n) if vectors else None
+    for capacity in (samples, samples + 200):
+        done = finish.finish(torch.zeros(0).device, partials, v, samples, capacity, squares)
+        truth = torch.zeros(2, capacity, dtype=torch.float64)
+        truth[1, :samples] = 1
+        if partials is not None:
+            truth[0, :samples] += partials.double().sum(1)
+        whole = torch.zeros(0, samples, n).double() if v is None else v.double().sum(2)
+        truth[0, :samples] += whole.square().sum((0, 2))
+        assert_close_to_truth(done.probe, truth, truth.float())
+        assert len(done.sums) == vectors
+        for of_k, (total, square) in zip(whole, done.sums, strict=True):
+            expected = of_k.sum(0), of_k.square().sum(0) if squares else torch.zeros(0).double()
+            assert_close_to_truth(total, expected[0], of_k.float().sum(0))
+            assert_close_to_truth(square, expected[1], expected[1].float())
+    with pytest.raises(RuntimeError, match="do not fit a probe of capacity"):
+        finish.finish(torch.zeros(0).device, partials, v, samples, samples - 1, squares)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

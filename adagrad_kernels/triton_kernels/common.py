@@ -1,4 +1,4 @@
-"""What the launchers share: precision, splits, the probe, and the two closing kernels.
+"""What the launchers share: precision, splits, the sums of splits.
 
 Kernels name things as in flash-linear-attention: i_ program index, o_ offsets, m_ mask, p_ pointer,
 b_ block in registers. Nothing is summed by atomics: programs write partial sums, and a second
@@ -27,7 +27,8 @@ from triton import knobs
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Given to every kernel: Triton's default for multiply-add fusion differs between versions."""
-BATCH = ["samples", "capacity", "rows", "splits", "split_samples", "whole", "rest", "size", "count"]
+BATCH = ["samples", "capacity", "rows", "columns", "splits", "split_samples", "chunks"]
+BATCH += ["whole", "rest", "size", "count"]
 """Arguments that grow with the batch; Triton compiles no variants for 1 and multiples of 16."""
 
 _MULTIPROCESSORS = 132  # of an H100, where there is no device to ask
@@ -54,29 +55,13 @@ def sum_splits_kernel(
         tl.store(p_square + o_j, b_square, mask=m_j)
 
 
-@triton.jit(do_not_specialize=BATCH)
-def pool_norms_kernel(
-    p_partials, p_probe, samples, capacity, parts, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """probe[0, i] = Σ_k partials[i, k] and probe[1, i] = 1 for i < samples, 0 beyond."""
-    o_i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_i = o_i < samples
-    b_norm = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for k in range(0, parts, BLOCK):
-        o_k = k + tl.arange(0, BLOCK)
-        p_k = p_partials + o_i[:, None].to(tl.int64) * parts + o_k[None, :]
-        b_norm += tl.load(p_k, mask=m_i[:, None] & (o_k[None, :] < parts), other=0.0)
-    tl.store(p_probe + o_i, tl.sum(b_norm, axis=1), mask=o_i < capacity)
-    tl.store(p_probe + capacity + o_i, tl.where(m_i, 1.0, 0.0), mask=o_i < capacity)
-
-
 def nothing(like: Tensor, count: int) -> list[Tensor]:
     """So many results [0] that are not wanted; no two are one tensor, which ops may not return."""
     return [torch.empty(0, dtype=torch.float32, device=like.device) for _ in range(count)]
 
 
 def cdiv(a: int, b: int) -> int:
-    """⌈a/b⌉; `triton.cdiv` takes 2 µs, a tenth of a launch."""
+    """⌈a/b⌉; `triton.cdiv` takes more than a microsecond."""
     return -(-a // b)
 
 
@@ -140,25 +125,23 @@ class SplitSums:
     """Σ_i c_i and Σ_i c_i² of one shape, written whole or in parts.
 
     Attributes:
-        sum: the result, of shape [0] if not wanted; complete after `finish`.
-        square: likewise.
+        sum: the first, complete after `finish`.
+        square: the second, of shape [0] if not wanted.
         arguments: (p_sum, p_square, stride of a split) for the kernel.
     """
 
-    def __init__(
-        self, like: Tensor, shape: tuple[int, ...], splits: int, wanted: bool, squares: bool
-    ) -> None:
+    def __init__(self, like: Tensor, shape: tuple[int, ...], splits: int, squares: bool) -> None:
         def empty(*size: int) -> Tensor:
             return torch.empty(size, dtype=torch.float32, device=like.device)
 
-        self.splits, self.squares = splits, wanted and squares
-        self.sum = empty(*shape) if wanted else empty(0)
-        self.square = empty(*shape) if self.squares else empty(0)
+        self.splits, self.squares = splits, squares
+        self.sum = empty(*shape)
+        self.square = empty(*shape) if squares else empty(0)
         self.arguments = (self.sum, self.square, 0)
         if splits > 1:
             n = self.sum.numel()
-            self._parts = empty(splits, 1 + self.squares, n)
-            self.arguments = (self._parts, self._parts[:, -1], (1 + self.squares) * n)
+            self._parts = empty(splits, 1 + squares, n)
+            self.arguments = (self._parts, self._parts[:, -1], (1 + squares) * n)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Adds the parts up, in order, and returns (sum, square)."""
@@ -169,25 +152,3 @@ class SplitSums:
                 SQUARES=self.squares, BLOCK=512, num_warps=4, **OPTIONS,
             )  # fmt: skip
         return self.sum, self.square
-
-
-def empty_probe(like: Tensor, samples: int, capacity: int) -> Tensor:
-    """The probe's gradient [2, capacity], not yet written.
-
-    Raises:
-        RuntimeError: if it has not a column for every sample.
-    """
-    if samples > capacity:
-        raise RuntimeError(f"{samples} samples do not fit a probe of capacity {capacity}")
-    return torch.empty(2, capacity, dtype=torch.float32, device=like.device)
-
-
-def pool_norms(partials: Tensor, samples: int, capacity: int) -> Tensor:
-    """The probe's gradient from partial squared norms [b, parts]."""
-    probe = empty_probe(partials, samples, capacity)
-    parts = partials.shape[1]
-    block = min(128, next_power_of_2(max(1, parts)))
-    pool_norms_kernel[(cdiv(capacity, 8),)](
-        partials, probe, samples, capacity, parts, ROWS=8, BLOCK=block, num_warps=4, **OPTIONS
-    )  # fmt: skip
-    return probe

@@ -32,9 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, conv_gram
+from .finish import finish
 from .patches import geometry, patch_index, patches
 from .pieces import TileSums, piece, store_tile
-from .statistics import column_parts, column_statistics
 from .tiles import Tile, tile_index
 
 
@@ -217,12 +217,11 @@ def conv_weight_grad(
         parts = groups * conv_gram.parts(positions)
     elif weight:
         parts = groups * common.cdiv(rows, tile.BM) * common.cdiv(columns, tile.BN)
-    bias_parts = column_parts(grad_out.shape[1]) if bias else 0
-    partials = torch.empty(samples, parts + bias_parts, dtype=torch.float32, device=g.device)
-    grad, sums, grad_bias, bias_sums = common.nothing(g, 4)
+    partials = torch.empty(samples, parts, dtype=torch.float32, device=g.device)
+    grad, sums = common.nothing(g, 2)
+    vectors = None
     if bias:
-        vectors = torch.sum(g, (2, 3, 4), dtype=torch.float32)
-        grad_bias, bias_sums = column_statistics(vectors, coordinates, partials, parts)
+        vectors = torch.sum(g, (2, 3, 4), dtype=torch.float32).view(1, samples, 1, -1)
     shape = (grad_out.shape[1], x.shape[1] // groups, *kernel_size)
     if weight and method == "direct":
         if x.itemsize == 2 and x.shape[1] // groups % tile.BN == 0:
@@ -232,7 +231,9 @@ def conv_weight_grad(
     elif weight:
         grad = sum_of_samples(grad_out, input, shape, stride, padding, dilation, groups)
         conv_gram.conv_norms(g, x, options, dims, groups, partials, conv_precision())
-    return grad, grad_bias, common.pool_norms(partials, samples, capacity), sums, bias_sums
+    done = finish(g.device, partials, vectors, samples, capacity, coordinates)
+    grad_bias, bias_sums = done.sums[0] if bias else common.nothing(g, 2)
+    return grad, grad_bias, done.probe, sums, bias_sums
 
 
 def sum_of_samples(

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
+from .finish import finish
 
 
 @triton.jit(do_not_specialize=common.BATCH)
@@ -89,7 +90,7 @@ def embedding_weight_grad(
     first = torch.searchsorted(keys, every)  # positions of (v, s): first[q] to first[q + 1]
     g = grad_out.contiguous()
     partials = torch.empty(samples, positions * parts, dtype=torch.float32, device=g.device)
-    sums = common.SplitSums(g, (num_embeddings, n), splits, True, coordinates)
+    sums = common.SplitSums(g, (num_embeddings, n), splits, coordinates)
     p_sum, p_square, split_stride = sums.arguments
     embedding_weight_grad_kernel[(num_embeddings * splits, parts)](
         g, order, first, p_sum, p_square, partials, positions, n, parts, padding_idx,
@@ -97,4 +98,4 @@ def embedding_weight_grad(
         SQUARES=coordinates, BLOCK=block, num_warps=max(1, block // 64), **common.OPTIONS,
     )  # fmt: skip
     total, square = sums.finish()
-    return total, common.pool_norms(partials, samples, capacity), square
+    return total, finish(g.device, partials, None, samples, capacity, False).probe, square

@@ -33,8 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, gram
+from .finish import Outer, finish
 from .pieces import TileSums, piece, store_tile
-from .statistics import column_parts, column_statistics
 from .tiles import Tile, matmul_precision, tile_for, tile_index
 
 
@@ -132,42 +132,6 @@ def linear_weight_grad_kernel(
         store_tile(p_square, p_squares, i, whole, b_square, o_out, m_out, BM, BN)
 
 
-@triton.jit(do_not_specialize=common.BATCH)
-def outer_norms_kernel(
-    p_g, p_x, p_probe, samples, capacity, O, I,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """probe[0, i] = ‖g_i‖² (‖x_i‖² + 1), probe[1, i] = 1; both 0 beyond the samples."""
-    o_i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_i = o_i < samples
-    b_g = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for j in range(0, O, BLOCK):
-        o_j = j + tl.arange(0, BLOCK)
-        p_block = p_g + o_i[:, None].to(tl.int64) * O + o_j[None, :]
-        b = tl.load(p_block, mask=m_i[:, None] & (o_j < O)[None, :], other=0.0).to(tl.float32)
-        b_g += b * b
-    b_x = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    if WEIGHT:
-        for j in range(0, I, BLOCK):
-            o_j = j + tl.arange(0, BLOCK)
-            p_block = p_x + o_i[:, None].to(tl.int64) * I + o_j[None, :]
-            b = tl.load(p_block, mask=m_i[:, None] & (o_j < I)[None, :], other=0.0).to(tl.float32)
-            b_x += b * b
-    b_norm = tl.sum(b_g, axis=1) * (tl.sum(b_x, axis=1) + (1.0 if BIAS else 0.0))
-    tl.store(p_probe + o_i, b_norm, mask=o_i < capacity)
-    tl.store(p_probe + capacity + o_i, tl.where(m_i, 1.0, 0.0), mask=o_i < capacity)
-
-
-def outer_norms(g: Tensor, x: Tensor, capacity: int, weight: bool, bias: bool) -> Tensor:
-    """The probe's gradient for one position a sample, g [b, O] and x [b, I]."""
-    probe = common.empty_probe(g, g.shape[0], capacity)
-    outer_norms_kernel[(common.cdiv(capacity, 4),)](
-        g, x, probe, g.shape[0], capacity, g.shape[1], x.shape[1],
-        WEIGHT=weight, BIAS=bias, ROWS=4, BLOCK=256, num_warps=4, **common.OPTIONS,
-    )  # fmt: skip
-    return probe
-
-
 def matmul(g: Tensor, x: Tensor) -> Tensor:
     """gᵀx of g [n, O] and x [n, I], in float32 whatever the operands are."""
     if g.dtype == torch.float32 or g.device.type == "cpu":
@@ -240,12 +204,22 @@ def weight_grad(
     return sums.finish()
 
 
-def bias_grad(
-    g: Tensor, squares: bool, partials: Tensor | None, first_part: int
-) -> tuple[Tensor, Tensor]:
-    """`column_statistics` of the samples' bias gradients, for g [b, T, O]."""
-    vectors = g[:, 0] if g.shape[1] == 1 else torch.sum(g, 1, dtype=torch.float32)
-    return column_statistics(vectors, squares, partials, first_part)
+def finish_layer(
+    g: Tensor, x: Tensor, partials: Tensor, capacity: int, weight: bool, bias: bool, squares: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_bias, probe, bias_sums) of g [b, T, O] and x [b, T, I]; see `finish`."""
+    samples, positions, rows = g.shape
+    if positions == 1:
+        outer = Outer(x[:, 0], weight, bias)
+        vectors = g.view(1, samples, 1, rows)
+        done = finish(g.device, None, vectors, samples, capacity, squares, outer)
+    else:
+        vectors = None
+        if bias:
+            vectors = torch.sum(g, 1, dtype=torch.float32).view(1, samples, 1, rows)
+        done = finish(g.device, partials, vectors, samples, capacity, squares)
+    grad_bias, bias_sums = done.sums[0] if bias else common.nothing(g, 2)
+    return grad_bias, done.probe, bias_sums
 
 
 def linear_weight_grad(
@@ -262,25 +236,19 @@ def linear_weight_grad(
     samples, positions, rows = g.shape
     columns = x.shape[2]
     method = (method or choose_method(g, x, coordinates)) if weight else "none"
-    grad, sums, grad_bias, bias_sums = common.nothing(g, 4)
-    tile = tile_for(g, x, coordinates)
-    parts = 0
-    if method == "direct":
+    grad, sums = common.nothing(g, 2)
+    parts, tile = 0, None
+    if method == "direct" or (method == "outer" and coordinates):
+        tile = tile_for(g, x, coordinates)
         parts = common.cdiv(rows, tile.BM) * common.cdiv(columns, tile.BN)
     elif method == "gram":
         parts = gram.parts(positions)
-    bias_parts = column_parts(rows) if bias and positions > 1 else 0
-    partials = torch.empty(samples, parts + bias_parts, dtype=torch.float32, device=g.device)
-    if bias:
-        grad_bias, bias_sums = bias_grad(g, coordinates, partials if bias_parts else None, parts)
-    if method == "direct" or (method == "outer" and coordinates):
+    partials = torch.empty(samples, parts, dtype=torch.float32, device=g.device)
+    if tile is not None:
         grad, sums = weight_grad(g, x, partials, tile, coordinates)
     elif weight:
         grad = matmul(g.flatten(0, 1), x.flatten(0, 1))
     if method == "gram":
         gram.linear_norms(g, x, partials, matmul_precision())
-    if positions == 1:
-        probe = outer_norms(g[:, 0], x[:, 0], capacity, weight, bias)
-    else:
-        probe = common.pool_norms(partials, samples, capacity)
+    grad_bias, probe, bias_sums = finish_layer(g, x, partials, capacity, weight, bias, coordinates)
     return grad, grad_bias, probe, sums, bias_sums

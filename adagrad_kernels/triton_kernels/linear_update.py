@@ -20,8 +20,7 @@ from torch import Tensor
 
 from . import common
 from .adagrad import adagrad_block, pool_terms, store_terms, variance_block, variance_factors
-from .linear import bias_grad, direct_tile, operands, outer_norms, outer_tile
-from .statistics import column_parts
+from .linear import direct_tile, finish_layer, operands, outer_tile
 from .tiles import matmul_precision, tile_for, tile_index
 
 
@@ -111,27 +110,20 @@ def linear_adagrad_(
     tile = tile_for(g, x, coordinates, update=True)
     tiles = common.cdiv(rows, tile.BM) * common.cdiv(columns, tile.BN)
     parts = 0 if outer else tiles
-    bias_parts = column_parts(rows) if bias and not outer else 0
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=g.device)
 
-    partials, table = empty(samples, parts + bias_parts), empty(tiles, 5)
+    partials, table = empty(samples, parts), empty(tiles, 5)
     squares = empty(rows, columns) if coordinates else empty(0)
-    grad_bias, bias_sums = empty(0), empty(0)
-    if bias:
-        grad_bias, bias_sums = bias_grad(g, coordinates, partials if bias_parts else None, parts)
     linear_adagrad_kernel[(tiles,)](
         g, x, weight, sum, squares, partials, table,
-        samples, positions, rows, columns, parts + bias_parts,
+        samples, positions, rows, columns, parts,
         lr, eps, weight_decay, -1.0 if maximize else 1.0, grad_scale,
         *variance_factors(samples, grad_scale),
         OUTER=outer, SQUARES=coordinates, PRECISION=matmul_precision(),
         **tile._asdict(), **common.OPTIONS,
     )  # fmt: skip
-    if outer:
-        probe = outer_norms(g[:, 0], x[:, 0], capacity, True, bias)
-    else:
-        probe = common.pool_norms(partials, samples, capacity)
+    grad_bias, probe, bias_sums = finish_layer(g, x, partials, capacity, True, bias, coordinates)
     terms = pool_terms(table, 5 if coordinates else 1)
     return terms[0].clone(), terms[1:].clone(), grad_bias, probe, squares, bias_sums

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import reference
 from . import common
-from .statistics import column_parts, column_statistics
+from .finish import finish
 
 CHUNK = 512
 
@@ -86,8 +86,8 @@ def _kind(t: Tensor | None, expanded: Tensor) -> int:
 
 def chunk_sums(
     g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: bool
-) -> tuple[Tensor, Tensor]:
-    """(Σ_ts g x̂, Σ_ts g) of every sample and channel, [b, C] each."""
+) -> Tensor:
+    """Σ_ts g x̂ and Σ_ts g of samples and channels, by chunks of positions: [2, b, chunks, C]."""
     samples, outer, channels, inner = g.shape
     positions = outer * inner
     last = g.stride(2) == 1 and inner == 1
@@ -108,8 +108,7 @@ def chunk_sums(
         MEAN=_kind(mean, expanded[0]), RSTD=_kind(rstd, expanded[1]), WEIGHT=weight, LAST=last,
         CHUNK=chunk, BP=bp, BC=bc, num_warps=4, **common.OPTIONS,
     )  # fmt: skip
-    summed = made.sum(2) if chunks > 1 else made[:, :, 0]
-    return summed[0], summed[1]
+    return made
 
 
 def scale_weight_grad(
@@ -128,17 +127,13 @@ def scale_weight_grad(
             "scale_weight_grad: expected grad_out and input [b, T, C, S], got "
             f"{list(grad_out.shape)} and {list(input.shape)}"
         )
-    samples, _, channels, _ = grad_out.shape
-    parts = column_parts(channels)
-    wanted = weight + bias
-    partials = torch.empty(samples, parts * wanted, dtype=torch.float32, device=input.device)
-    nothing = common.nothing(input, 4)
-    of_weight, of_bias = chunk_sums(grad_out, input, mean, rstd, weight)
-    grad, sums = column_statistics(of_weight, coordinates, partials, 0) if weight else nothing[:2]
-    grad_bias, bias_sums = (
-        column_statistics(of_bias, coordinates, partials, parts * weight) if bias else nothing[2:]
-    )
-    return grad, grad_bias, common.pool_norms(partials, samples, capacity), sums, bias_sums
+    vectors = None
+    if weight or bias:
+        vectors = chunk_sums(grad_out, input, mean, rstd, weight)[1 - weight : 1 + bias]
+    done = finish(input.device, None, vectors, grad_out.shape[0], capacity, coordinates)
+    grad, sums = done.sums[0] if weight else common.nothing(input, 2)
+    grad_bias, bias_sums = done.sums[-1] if bias else common.nothing(input, 2)
+    return grad, grad_bias, done.probe, sums, bias_sums
 
 
 def _input_grad(g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor) -> Tensor:

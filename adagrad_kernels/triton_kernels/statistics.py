@@ -3,7 +3,7 @@
 Reads 4·b·P bytes (2·b·P in 16 bits) and writes next to nothing: memory-bound, so the tile only has
 to keep enough loads in flight. A program owns BLOCK columns and walks down the samples ROWS at a
 time; the columns' sums stay in registers, each row's squared length goes to [b, column blocks].
-Where there are few columns (a bias), the samples are split over programs too.
+Where there are few columns, the samples are split over programs too.
 
 `pool_samples` reads some kilobytes: its cost is the launch, one a micro-batch where plain PyTorch
 needs fourteen a step. One program walks over a probe and adds to what the launch before it found.
@@ -30,8 +30,7 @@ ROWS = 8
 @triton.jit(do_not_specialize=common.BATCH)
 def sample_statistics_kernel(
     p_v, p_sum, p_square, p_partials,
-    samples, n, split_stride, split_samples, parts, first_part,
-    SQUARES: tl.constexpr, NORMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    samples, n, split_stride, split_samples, parts, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sum[j] = Σ_i v[i, j], square[j] = Σ_i v[i, j]², partials[i, ·] = Σ_j in block v[i, j]²."""
     i_j, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -46,14 +45,11 @@ def sample_statistics_kernel(
         b_v = tl.load(p_block, mask=(o_i < last)[:, None] & m_j[None, :], other=0.0)
         b_v = b_v.to(tl.float32)
         b_sum += b_v
-        if SQUARES:
-            b_square += b_v * b_v
-        if NORMS:
-            p_norm = p_partials + o_i.to(tl.int64) * parts + first_part + i_j
-            tl.store(p_norm, tl.sum(b_v * b_v, axis=1), mask=o_i < last)
+        b_square += b_v * b_v
+        p_norm = p_partials + o_i.to(tl.int64) * parts + i_j
+        tl.store(p_norm, tl.sum(b_v * b_v, axis=1), mask=o_i < last)
     tl.store(p_sum + i_s * split_stride + o_j, tl.sum(b_sum, axis=0), mask=m_j)
-    if SQUARES:
-        tl.store(p_square + i_s * split_stride + o_j, tl.sum(b_square, axis=0), mask=m_j)
+    tl.store(p_square + i_s * split_stride + o_j, tl.sum(b_square, axis=0), mask=m_j)
 
 
 @triton.jit(do_not_specialize=common.BATCH)
@@ -90,54 +86,25 @@ def pool_samples_kernel(
     tl.store(p_totals + 3, outside)
 
 
-def column_block(n: int) -> int:
-    """Columns of a program's tile."""
-    return min(512, max(16, common.next_power_of_2(n)))
-
-
-def column_parts(n: int) -> int:
-    """How many partial norms a row of n columns has."""
-    return common.cdiv(n, column_block(n))
-
-
-def column_statistics(
-    v: Tensor, squares: bool, partials: Tensor | None = None, first_part: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Column sums and, if wanted, sums of squares of v [b, n]; row norms into `partials`.
-
-    Args:
-        v: one vector a sample, contiguous.
-        squares: whether the sums of squares are wanted ([0] otherwise).
-        partials: [b, parts], where columns first_part to first_part + column_parts(n) receive
-            the parts of ‖v_i‖²; None if norms are not wanted.
-        first_part: the first of these columns.
-    """
-    samples, n = v.shape
-    block = column_block(n)
-    tiles = common.cdiv(n, block)
-    splits = common.choose_splits(v.device, tiles, common.cdiv(samples, ROWS), 4 * n)
-    split_samples = common.cdiv(common.cdiv(samples, splits), ROWS) * ROWS
-    sums = common.SplitSums(v, (n,), splits, True, squares)
-    p_sum, p_square, split_stride = sums.arguments
-    sample_statistics_kernel[(tiles, splits)](
-        v, p_sum, p_square, sums.sum if partials is None else partials,
-        samples, n, split_stride, split_samples,
-        0 if partials is None else partials.shape[1], first_part,
-        SQUARES=squares, NORMS=partials is not None, ROWS=ROWS, BLOCK=block,
-        num_warps=max(1, block // 64), **common.OPTIONS,
-    )  # fmt: skip
-    return sums.finish()
-
-
 def sample_statistics(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.sample_statistics`."""
     if g.dim() != 2:
         raise RuntimeError(f"sample_statistics: expected g [b, P], got {g.dim()} dimensions")
     samples, n = g.shape
-    parts = column_parts(n)
-    partials = torch.empty(samples, parts, dtype=torch.float32, device=g.device)
-    total, square = column_statistics(g.contiguous(), True, partials)
-    return total, square, partials.sum(1) if parts > 1 else partials[:, 0].contiguous()
+    block = min(512, max(16, common.next_power_of_2(n)))
+    tiles = common.cdiv(n, block)
+    partials = torch.empty(samples, tiles, dtype=torch.float32, device=g.device)
+    splits = common.choose_splits(g.device, tiles, common.cdiv(samples, ROWS), 4 * n)
+    split_samples = common.cdiv(common.cdiv(samples, splits), ROWS) * ROWS
+    sums = common.SplitSums(g, (n,), splits, True)
+    p_sum, p_square, split_stride = sums.arguments
+    sample_statistics_kernel[(tiles, splits)](
+        g.contiguous(), p_sum, p_square, partials,
+        samples, n, split_stride, split_samples, tiles,
+        ROWS=ROWS, BLOCK=block, num_warps=max(1, block // 64), **common.OPTIONS,
+    )  # fmt: skip
+    total, square = sums.finish()
+    return total, square, partials.sum(1) if tiles > 1 else partials[:, 0].contiguous()
 
 
 def pool_samples(probes: list[Tensor], rows: list[int]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,195 @@
+"""The last launch of a layer's op: sums of what is a vector for each sample, and all squared norms.
+
+Biases, scales and shifts have a vector v_ki for each sample i (k = 0, 1), perhaps in chunks that
+are still to be added up; weights have left parts of ‖c_i‖² in a table. Programs are of three kinds:
+
+    columns    Σ_i v_ki and Σ_i v_ki² of BLOCK elements, for one split of the samples
+    rows       probe[0, i] = Σ parts + Σ_k ‖v_ki‖² and probe[1, i] = 1
+    the last   zeros beyond the samples
+
+A linear layer of one position a sample has no table (OUTER): v_i is the row of g itself, and
+probe[0, i] = ‖v_i‖² (‖x_i‖² + 1). These are kilobytes, so that a launch is what it costs: hence one
+for all, in which rows and columns both read the vectors. Not measured on a GPU.
+"""
+
+# Kernels are written in Triton's language, not in Python's types.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+
+MOST_CHUNKS = 32
+"""More are added up before."""
+
+
+@triton.jit
+def load_vectors(p_v, o_i, m_i, o_j, n, chunks, CHUNKS: tl.constexpr):
+    """v[i, j], from all chunks, for some samples and elements."""
+    o_k = tl.arange(0, CHUNKS)
+    o = (o_i.to(tl.int64)[:, None] * chunks + o_k[None, :])[:, :, None] * n + o_j[None, None, :]
+    m = (m_i[:, None] & (o_k < chunks)[None, :])[:, :, None] & (o_j < n)[None, None, :]
+    return tl.sum(tl.load(p_v + o, mask=m, other=0.0).to(tl.float32), axis=1)
+
+
+@triton.jit
+def row_norm(p_v, i, n, chunks, CHUNKS: tl.constexpr, ROW_BLOCK: tl.constexpr):
+    """‖v_i‖² of sample i."""
+    o_i = i + tl.arange(0, 1)
+    b_norm = tl.zeros([1, ROW_BLOCK], dtype=tl.float32)
+    for j in range(0, n, ROW_BLOCK):
+        b = load_vectors(p_v, o_i, o_i >= 0, j + tl.arange(0, ROW_BLOCK), n, chunks, CHUNKS)
+        b_norm += b * b
+    return tl.sum(b_norm)
+
+
+@triton.jit(do_not_specialize=common.BATCH)
+def finish_kernel(
+    p_v, p_x, p_partials, p_probe, p_sum_0, p_square_0, p_sum_1, p_square_1,
+    samples, capacity, columns, n, I, chunks, parts, split_stride, split_samples,
+    VECTORS: tl.constexpr, SQUARES: tl.constexpr,
+    OUTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the module says, of v [VECTORS, samples, chunks, n]; `columns` programs come first."""
+    ROW_BLOCK: tl.constexpr = 32 * ROWS  # a program loads at most 4096 elements at a time
+    COUNT: tl.constexpr = VECTORS if VECTORS > 0 else 1
+    i = tl.program_id(0)
+    length = tl.cast(samples, tl.int64) * chunks * n
+    if i < columns:
+        blocks = tl.cdiv(n, BLOCK)
+        i_k, i_s = i // blocks % COUNT, i // blocks // COUNT
+        o_j = i % blocks * BLOCK + tl.arange(0, BLOCK)
+        b_sum = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        b_square = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        last = tl.minimum((i_s + 1) * split_samples, samples)
+        for row in range(i_s * split_samples, last, ROWS):
+            o_i = row + tl.arange(0, ROWS)
+            b = load_vectors(p_v + i_k * length, o_i, o_i < last, o_j, n, chunks, CHUNKS)
+            b_sum += b
+            b_square += b * b
+        p_sum, p_square = p_sum_0, p_square_0
+        if i_k == 1:
+            p_sum, p_square = p_sum_1, p_square_1
+        o_out = tl.cast(i_s, tl.int64) * split_stride + o_j
+        tl.store(p_sum + o_out, tl.sum(b_sum, axis=0), mask=o_j < n)
+        if SQUARES:
+            tl.store(p_square + o_out, tl.sum(b_square, axis=0), mask=o_j < n)
+    elif i < columns + samples:
+        i -= columns
+        norm = 0.0
+        for k in tl.static_range(VECTORS):
+            norm += row_norm(p_v + k * length, i, n, chunks, CHUNKS, ROW_BLOCK)
+        if OUTER:
+            of_input = 0.0
+            if WEIGHT:
+                of_input = row_norm(p_x, i, I, 1, 1, ROW_BLOCK)
+            norm *= of_input + (1.0 if BIAS else 0.0)
+        else:
+            b_parts = tl.zeros([ROW_BLOCK], dtype=tl.float32)
+            for part in range(0, parts, ROW_BLOCK):
+                o_part = part + tl.arange(0, ROW_BLOCK)
+                p_part = p_partials + tl.cast(i, tl.int64) * parts + o_part
+                b_parts += tl.load(p_part, mask=o_part < parts, other=0.0)
+            norm += tl.sum(b_parts)
+        tl.store(p_probe + i, norm)
+        tl.store(p_probe + capacity + i, 1.0)
+    else:
+        for column in range(samples, capacity, BLOCK):
+            o_c = column + tl.arange(0, BLOCK)
+            b_zero = tl.zeros([BLOCK], dtype=tl.float32)
+            tl.store(p_probe + o_c, b_zero, mask=o_c < capacity)
+            tl.store(p_probe + capacity + o_c, b_zero, mask=o_c < capacity)
+
+
+class Outer(NamedTuple):
+    """That samples have one position each.
+
+    Attributes:
+        input: x [b, I].
+        weight: whether the weight is trained.
+        bias: whether the bias is.
+    """
+
+    input: Tensor
+    weight: bool
+    bias: bool
+
+
+class Finished(NamedTuple):
+    """What `finish` returns.
+
+    Attributes:
+        probe: the probe's gradient, [2, capacity].
+        sums: (Σ_i v_ki, Σ_i v_ki²) for each k, the second [0] if it is not wanted.
+    """
+
+    probe: Tensor
+    sums: list[tuple[Tensor, Tensor]]
+
+
+def finish(
+    device: torch.device,
+    partials: Tensor | None,
+    vectors: Tensor | None,
+    samples: int,
+    capacity: int,
+    squares: bool,
+    outer: Outer | None = None,
+) -> Finished:
+    """Σ_i v_ki, Σ_i v_ki² and the probe's gradient.
+
+    Args:
+        device: where the results are.
+        partials: parts of ‖c_i‖², [b, parts], or None if there are none.
+        vectors: v [k, b, chunks, n], contiguous, k at most 2, or None if there are none.
+        samples: b.
+        capacity: columns of the probe.
+        squares: whether the sums of squares are wanted.
+        outer: of a linear layer with one position a sample, whose `vectors` are g.
+
+    Raises:
+        RuntimeError: if the probe has not a column for every sample.
+    """
+    if samples > capacity:
+        raise RuntimeError(f"{samples} samples do not fit a probe of capacity {capacity}")
+    probe = torch.empty(2, capacity, dtype=torch.float32, device=device)
+    count = n = columns = split_stride = 0
+    chunks, split_samples, block, sums = 1, samples, 128, []
+    if vectors is not None:
+        if vectors.shape[2] > MOST_CHUNKS:
+            vectors = vectors.sum(2, keepdim=True)
+        count, _, chunks, n = vectors.shape
+        block = min(block, max(16, common.next_power_of_2(n)))
+    padded = common.next_power_of_2(chunks)
+    rows = MOST_CHUNKS // padded
+    if vectors is not None and (outer is None or outer.bias):
+        blocks = count * common.cdiv(n, block)
+        splits = common.choose_splits(device, blocks, common.cdiv(samples, rows), 4 * n)
+        split_samples = common.cdiv(common.cdiv(samples, splits), rows) * rows
+        columns = blocks * splits
+        sums = [common.SplitSums(vectors, (n,), splits, squares) for _ in range(count)]
+        split_stride = sums[0].arguments[2]
+    results = [t for each in sums for t in each.arguments[:2]]
+    finish_kernel[(columns + samples + (samples < capacity),)](
+        probe if vectors is None else vectors,
+        probe if outer is None else outer.input,
+        probe if partials is None else partials,
+        probe, *results, *[probe] * (4 - len(results)),
+        samples, capacity, columns, n, 0 if outer is None else outer.input.shape[1], chunks,
+        0 if partials is None else partials.shape[1], split_stride, split_samples,
+        VECTORS=count, SQUARES=squares,
+        OUTER=outer is not None,
+        WEIGHT=outer is not None and outer.weight,
+        BIAS=outer is not None and outer.bias,
+        CHUNKS=padded, ROWS=rows, BLOCK=block, num_warps=4, **common.OPTIONS,
+    )  # fmt: skip
+    return Finished(probe, [each.finish() for each in sums])
