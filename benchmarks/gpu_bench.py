@@ -154,11 +154,15 @@ class Bench:
         variants: dict[str, Callable[[], Any]],
         flops: int = 0,
     ) -> None:
-        """Times the ways to do one thing, which needs so many bytes and operations at least."""
+        """Times the ways to do one thing, which needs so many bytes and operations at least.
+
+        0 where they are not to be told.
+        """
         for variant, run in variants.items():
             values: Record = percentiles(self.timed(run, ahead=True))
             rate, flop_rate = bytes_moved / values["p50"], flops / values["p50"]
-            values |= {"gb_per_s": rate / 1e9, "percent_of_copy": 100 * rate / self.copy_rate}
+            if bytes_moved:
+                values |= {"gb_per_s": rate / 1e9, "percent_of_copy": 100 * rate / self.copy_rate}
             if flops:
                 values["tflop_per_s"] = flop_rate / 1e12
                 values["percent_of_product"] = 100 * flop_rate / self.product_rate

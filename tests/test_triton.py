@@ -1,5 +1,6 @@
 """Runs triton_kernel_cases.py in a process of its own: in Triton's interpreter, and on a GPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +27,23 @@ def run_cases(interpret: str) -> None:
 
 def test_kernels_in_the_interpreter() -> None:
     run_cases("1")
+
+
+def test_other_tiles_are_tried(tmp_path: Path) -> None:
+    """The program that chooses tiles on a GPU, on two small products."""
+    out = tmp_path / "tiles.jsonl"
+    command = [sys.executable, "-m", "benchmarks.gpu_tiles", "--small", "--device", "cpu"]
+    subprocess.run(
+        [*command, "--out", str(out)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        check=True,
+    )
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {record["kind"] for record in records} == {"limit", "kernel"}
+    variants = [record["variant"] for record in records if record["kind"] == "kernel"]
+    assert len(variants) == 14
+    assert sum("(chosen)" in variant for variant in variants) == 4
 
 
 @pytest.mark.gpu
