@@ -2,7 +2,7 @@
 
 First the limits of this device in this run: the bandwidth of a copy and the rate of a bf16 matrix
 product. Then each kernel, in GB/s and TFLOP/s and in percent of those, beside PyTorch's own way.
-Then training steps, eager and compiled: the plain step is the fastest of
+Then training steps, eager, compiled and in CUDA graphs: the plain step is the fastest of
 torch.optim.Adagrad(foreach=True), the fused op `torch._fused_adagrad_` (torch 2.11 has it, its
 optimizer refuses it on CUDA) and a compiled update; and steps with vmap as in the official code,
 and with Opacus where it is installed. Every result of ours is compared with float64 before its time
@@ -44,8 +44,9 @@ def main() -> int:
         "sample_statistics": lambda: sample_statistics(bench),
         "layer_kernels": lambda: layer_kernels(bench),
         "linear_updates": lambda: linear_updates(bench),
-        "steps": lambda: steps(bench, False, fastest),
-        "compiled steps": lambda: steps(bench, True, {}),
+        "steps": lambda: steps(bench, "eager", fastest),
+        "compiled steps": lambda: steps(bench, "compiled", {}),
+        "steps in CUDA graphs": lambda: steps(bench, "CUDA graphs", {}),
         "steps of others": lambda: peer_steps(bench, fastest),
     }
     for name, part in parts.items():

@@ -13,24 +13,28 @@ import adagrad_kernels as ak
 from .gpu_bench import Bench, Record, percentiles
 from .gpu_ways import IN_BACKWARD, OURS, PEERS, PLAIN, Way, mean_loss, models
 
+MODES = {"compiled": "default", "CUDA graphs": "reduce-overhead"}
+"""How `torch.compile` is asked for models that are not eager."""
 
-def steps(bench: Bench, compiled: bool, fastest: dict[str, Record]) -> None:
+
+def steps(bench: Bench, how: str, fastest: dict[str, Record]) -> None:
     """Whole training steps of every model; their ratio is to the fastest plain step.
 
     Args:
         bench: of this run.
-        compiled: whether the models are.
+        how: "eager", or one of `MODES`; CUDA graphs only of the small model that launches bound.
         fastest: gets the fastest plain step of each model.
     """
-    how = "compiled" if compiled else "eager"
-    for name, build, x, y, bf16 in models(bench.device, bench.small):
+    for index, (name, build, x, y, bf16) in enumerate(models(bench.device, bench.small)):
+        if how == "CUDA graphs" and index:
+            break
         label = f"{name} {how}"
         with bench.part(f"check of {label}"):
             _check_step(bench, build, x, y)
-        ways = {**PLAIN, **OURS, **({} if compiled else IN_BACKWARD)}
+        ways = {**PLAIN, **OURS, **(IN_BACKWARD if how == "eager" else {})}
         for variant, prepare in ways.items():
             with bench.part(f"step {label} {variant}"):
-                times = _step_times(bench, build, prepare, x, y, bf16, compiled)
+                times = _step_times(bench, build, prepare, x, y, bf16, how)
                 best = fastest.get(name)
                 if variant not in PLAIN:
                     times |= _ratios(times, best)
@@ -44,7 +48,7 @@ def peer_steps(bench: Bench, fastest: dict[str, Record]) -> None:
     for name, build, x, y, bf16 in models(bench.device, bench.small):
         for variant, prepare in PEERS.items():
             with bench.part(f"step {name} eager {variant}", peer=True):
-                times = _step_times(bench, build, prepare, x, y, bf16, compiled=False)
+                times = _step_times(bench, build, prepare, x, y, bf16, "eager")
                 times |= _ratios(times, fastest.get(name))
                 bench.record("step", f"{name} eager", variant, **times)
 
@@ -65,13 +69,13 @@ def _step_times(
     x: Tensor,
     y: Tensor,
     bf16: bool,
-    compiled: bool,
+    how: str,
 ) -> Record:
     bench.check_time()
     torch.compiler.reset()
     model = build().to(bench.device)
     update = prepare(model, x, y, bf16)
-    called = torch.compile(model) if compiled else model
+    called = model if how == "eager" else torch.compile(model, mode=MODES[how])
 
     def run() -> None:
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=bf16):
