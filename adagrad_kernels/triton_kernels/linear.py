@@ -73,31 +73,44 @@ def outer_tile(
 @triton.jit
 def direct_tile(
     p_g, p_x, p_partials, o_m, o_n, first, last, T, O, I, parts,
-    SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The same for samples with T positions; writes ‖c_i‖² on the tile to p_partials[i·parts]."""
+    """The same for samples with T positions; writes ‖c_i‖² on the tile to p_partials[i·parts].
+
+    EVEN says that tiles and passes end where the operands do: then rows follow each other, and
+    nothing is masked. Half of the instructions of a pass were for that.
+    """
     b_c = tl.zeros([BM, BN], dtype=tl.float32)
     b_sum = tl.zeros([BM, BN], dtype=tl.float32)
     b_square = tl.zeros([BM, BN], dtype=tl.float32)
     o_k = tl.arange(0, BK)
+    o_gk, o_xk = o_k[:, None] * O + o_m[None, :], o_k[:, None] * I + o_n[None, :]
     steps = tl.cdiv(T, BK)
+    p_partials += tl.cast(first, tl.int64) * parts
+    t = 0
     for step in range(first * steps, last * steps):
-        i = step // steps
-        t = (step - i * steps) * BK
-        m_k = (t + o_k < T)[:, None]
-        row = tl.cast(i, tl.int64) * T + t
-        p_gk = p_g + row * O + o_k[:, None] * O + o_m[None, :]
-        p_xk = p_x + row * I + o_k[:, None] * I + o_n[None, :]
-        b_g = tl.load(p_gk, mask=m_k & (o_m < O)[None, :], other=0.0)
-        b_x = tl.load(p_xk, mask=m_k & (o_n < I)[None, :], other=0.0)
+        if EVEN:
+            row = tl.cast(step, tl.int64) * BK
+            b_g = tl.load(p_g + row * O + o_gk)
+            b_x = tl.load(p_x + row * I + o_xk)
+        else:
+            i = step // steps
+            o_t = (step - i * steps) * BK
+            row = tl.cast(i, tl.int64) * T + o_t
+            m_k = (o_t + o_k < T)[:, None]
+            b_g = tl.load(p_g + row * O + o_gk, mask=m_k & (o_m < O)[None, :], other=0.0)
+            b_x = tl.load(p_x + row * I + o_xk, mask=m_k & (o_n < I)[None, :], other=0.0)
         b_c = tl.dot(tl.trans(b_g), b_x, b_c, input_precision=PRECISION)
-        if t + BK >= T:
+        t += BK
+        if t >= T:
             b_sum += b_c
             if SQUARES:
                 b_square += b_c * b_c
-            tl.store(p_partials + tl.cast(i, tl.int64) * parts, tl.sum(b_c * b_c))
+            tl.store(p_partials, tl.sum(b_c * b_c))
             b_c = tl.zeros([BM, BN], dtype=tl.float32)
+            p_partials += parts
+            t = 0
     return b_sum, b_square
 
 
@@ -105,7 +118,7 @@ def direct_tile(
 def linear_weight_grad_kernel(
     p_g, p_x, p_partials, p_sum, p_square, p_pieces, p_squares,
     whole, rest, size, samples, T, O, I, parts,
-    UNIT_O: tl.constexpr, UNIT_I: tl.constexpr,
+    UNIT_O: tl.constexpr, UNIT_I: tl.constexpr, EVEN: tl.constexpr,
     OUTER: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +136,7 @@ def linear_weight_grad_kernel(
     else:
         b_sum, b_square = direct_tile(
             p_g, p_x, p_partials + i_tile, o_m, o_n, first, last, T, O, I, parts,
-            SQUARES, PRECISION, BM, BN, BK,
+            EVEN, SQUARES, PRECISION, BM, BN, BK,
         )  # fmt: skip
     m_out = (o_m < O)[:, None] & (o_n < I)[None, :]
     o_out = o_m[:, None].to(tl.int64) * I + o_n[None, :]
@@ -184,6 +197,11 @@ def unit(n: int) -> int:
     return min(16, n & -n)
 
 
+def is_even(tile: Tile, positions: int, rows: int, columns: int) -> bool:
+    """Whether the tile divides a weight of rows × columns, and a pass the positions."""
+    return positions % tile.BK == rows % tile.BM == columns % tile.BN == 0
+
+
 def weight_grad(
     g: Tensor, x: Tensor, partials: Tensor, tile: Tile, squares: bool
 ) -> tuple[Tensor, Tensor]:
@@ -197,7 +215,7 @@ def weight_grad(
     linear_weight_grad_kernel[(sums.pieces.programs,)](
         g, x, partials, *sums.arguments,
         samples, positions, rows // unit(rows), columns // unit(columns), partials.shape[1],
-        UNIT_O=unit(rows), UNIT_I=unit(columns),
+        UNIT_O=unit(rows), UNIT_I=unit(columns), EVEN=is_even(tile, positions, rows, columns),
         OUTER=outer, SQUARES=squares, PRECISION=matmul_precision(),
         **tile._asdict(), **common.OPTIONS,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import common
 from .adagrad import adagrad_block, pool_terms, store_terms, variance_block, variance_factors
-from .linear import direct_tile, finish_layer, operands, outer_tile
+from .linear import direct_tile, finish_layer, is_even, operands, outer_tile
 from .tiles import matmul_precision, tile_for, tile_index
 
 
@@ -28,7 +28,7 @@ from .tiles import matmul_precision, tile_for, tile_index
 def linear_adagrad_kernel(
     p_g, p_x, p_w, p_v, p_square, p_partials, p_table,
     samples, T, O, I, parts, lr, eps, weight_decay, sign, grad_scale, of_sums, of_square,
-    OUTER: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, OUTER: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Updates w and v on one tile, and writes the tile's row of the table (see adagrad.py)."""
@@ -45,7 +45,7 @@ def linear_adagrad_kernel(
     else:
         b_g, b_c = direct_tile(
             p_g, p_x, p_partials + i_tile, o_m, o_n, 0, samples, T, O, I, parts,
-            SQUARES, PRECISION, BM, BN, BK,
+            EVEN, SQUARES, PRECISION, BM, BN, BK,
         )  # fmt: skip
     if SQUARES:
         tl.store(p_square + o, b_c, mask=m)
@@ -121,6 +121,7 @@ def linear_adagrad_(
         samples, positions, rows, columns, parts,
         lr, eps, weight_decay, -1.0 if maximize else 1.0, grad_scale,
         *variance_factors(samples, grad_scale),
+        EVEN=is_even(tile, positions, rows, columns),
         OUTER=outer, SQUARES=coordinates, PRECISION=matmul_precision(),
         **tile._asdict(), **common.OPTIONS,
     )  # fmt: skip
