@@ -148,8 +148,9 @@ def choose(call: Call, positions: int, rows: int, columns: int, linear: bool) ->
     from .triton_kernels import conv  # they import triton
     from .triton_kernels import linear as linear_kernels
 
-    kernels = linear_kernels if linear else conv
-    return kernels.method_of(positions, rows, columns, call.coordinates)
+    if linear:
+        return linear_kernels.method_of(positions, rows, columns, call.coordinates)
+    return conv.method_of(positions, rows, columns, call.coordinates, call.size)
 
 
 def product(

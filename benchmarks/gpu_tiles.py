@@ -100,7 +100,7 @@ def _conv(b: int, channels: int, size: int, dtype: torch.dtype, device: str) -> 
         f"conv [{b}, {channels}, {size}, {size}] 3×3 {str(dtype)[6:]}",
         2 * b * size**2 * channels * columns,
         dtype.itemsize,
-        lambda squares: conv.tile_for(g, channels, columns, 2),
+        lambda squares: conv.tile_for(g, channels, channels, columns, 2, squares),
         run,
         lambda: torch.ops.aten.convolution_backward(
             g, x, weight, None, [1, 1, 1], [0, 1, 1], [1, 1, 1], False, [0] * 3, 1,

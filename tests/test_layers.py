@@ -88,7 +88,6 @@ def test_compiled(device: torch.device, case: Case) -> None:
 
 @every_layer
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_bfloat16_autocast(device: torch.device, case: Case) -> None:
     model = case.make().to(device)
     x = case.input(device, torch.float32)

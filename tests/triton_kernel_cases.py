@@ -259,13 +259,15 @@ def test_conv_gram(case: tuple[Any, ...], dtype: torch.dtype) -> None:
 def test_the_gram_form_is_for_convolutions_of_few_pixels_and_many_channels() -> None:
     """The cost rule on a ResNet's stages (channels, pixels, kernel elements)."""
 
-    def method(channels: int, pixels: int, kernel: int, coordinates: bool = False) -> str:
-        return conv.method_of(pixels, channels, channels * kernel, coordinates)
+    def method(channels: int, pixels: int, kernel: int, *options: Any) -> str:
+        return conv.method_of(pixels, channels, channels * kernel, *(options or [False]))
 
     assert method(512, 16, 9) == "gram"
-    assert method(512, 16, 9, coordinates=True) == "direct"
+    assert method(512, 16, 9, True) == "direct"
     assert method(256, 16, 9) == "gram"
     assert method(512, 64, 9) == "gram"
+    assert method(512, 64, 9, False, 2) == "direct"  # 16 bits
+    assert method(512, 16, 9, False, 2) == "gram"
     assert method(128, 64, 9) == "direct"
     assert method(64, 1024, 9) == "direct"
 

@@ -29,6 +29,8 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Given to every kernel: Triton's default for multiply-add fusion differs between versions."""
 BATCH = ["samples", "capacity", "rows", "columns", "splits", "split_samples", "chunks"]
 BATCH += ["whole", "rest", "size", "count"]
+MAGIC = ["magic", "w_magic", "hw_magic"]
+"""Arguments of which variants for 1 and multiples of 16 would be of no use, see patches.py."""
 """Arguments that grow with the batch; Triton compiles no variants for 1 and multiples of 16."""
 
 _MULTIPROCESSORS = 132  # of an H100, where there is no device to ask

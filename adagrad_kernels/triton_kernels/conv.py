@@ -7,13 +7,16 @@ cores and never written. As in linear.py, a tile of c_i grows in registers, then
 its square to the coordinate sum and its squared length to a [b, tiles] table: multiply-adds as for
 the gradient alone. Positions of all samples form one loop.
 
-Gathering costs about eight integer operations for an element of the patch tile [BK, BN], against
-BM multiply-adds: BM (output channels) is 128 where there are as many. Threads run along the
-dimension that is contiguous: channels for channels-last tensors (r counts channels fastest), pixels
-otherwise; 16-bit inputs are made channels-last first where a tile then lies in one kernel element,
-and is gathered 16 bytes at a time. With few output pixels the vector operations, two or three a
-coordinate and sample, outweigh the product: norms alone then come from conv_gram.py, and the sum of
-all samples from cuDNN. What the kernel does badly: depthwise convolutions waste most of their 16×16
+Where a tile's columns can be channels of one kernel element (ONE_K, r counts channels fastest),
+gathering costs an element of the patch tile [BK, BN] little more than its address, otherwise the
+comparisons with the image's bounds as well; against BM multiply-adds, so BM (output channels) is
+128 where there are as many. Threads run along the dimension that is contiguous: channels for
+channels-last tensors, pixels otherwise; 16-bit inputs are made channels-last first where a tile
+then lies in one kernel element, and is gathered 16 bytes at a time. A pass of the loop (machine
+code for sm_90, 128 channels of 16×16 pixels) takes 0.8 to 1.4 times the issue slots of what the
+tensor cores need for it. With few output pixels the vector operations, two or three a coordinate
+and sample, outweigh the product: norms alone then come from conv_gram.py, and the sum of all
+samples from cuDNN. What the kernel does badly: depthwise convolutions waste most of their 16×16
 tile. Not measured on a GPU.
 """
 
@@ -33,23 +36,25 @@ from torch import Tensor
 
 from . import common, conv_gram
 from .finish import finish
-from .patches import geometry, patch_index, patches
+from .patches import corners, divide, divisor, geometry, patch_index, patches
 from .pieces import TileSums, piece, store_tile
 from .tiles import Tile, tile_index
 
 
-@triton.jit(do_not_specialize=common.BATCH)
+@triton.jit(do_not_specialize=[*common.BATCH, *common.MAGIC])
 def conv_weight_grad_kernel(
     p_g, p_x, p_partials, p_sum, p_square, p_pieces, p_squares, whole, rest, size,
     samples, P, O, C, D, H, W, OH, OW, KD, KH, KW, SD, SH, SW, PD, PH, PW, DD, DH, DW,
-    g_i, g_c, g_p, x_i, x_c, x_d, x_h, x_w, parts,
+    g_i, g_c, g_p, x_i, x_c, x_d, x_h, x_w, w_magic, w_shift, hw_magic, hw_shift,
+    magic, shift, parts,
     DIMS: tl.constexpr, G_LAST: tl.constexpr, X_LAST: tl.constexpr, ONE_K: tl.constexpr,
-    SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Σ_i c_i, and with SQUARES Σ_i c_i², of one tile or piece (pieces.py).
 
     O and C count a group's channels; strides are those of p_g [b, O, P] and p_x [b, C, D, H, W].
+    EVEN says that tiles and passes end where the operands do.
     """
     i_program = tl.program_id(0)
     i_tile, first, last = piece(i_program, samples, whole, rest, size)
@@ -58,12 +63,18 @@ def conv_weight_grad_kernel(
     i_group = i_tile // (tiles_m * tiles_n)
     i_m, i_n = tile_index(i_tile % (tiles_m * tiles_n), tiles_m, tiles_n)
     o_m, o_n, o_k = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
-    if ONE_K:  # the tile's columns are channels, side by side in memory, of one kernel element
+    if ONE_K:  # the tile's columns are channels of one kernel element
         o_c = tl.multiple_of(i_n * BN % C, BN) + tl.arange(0, BN)
         k = i_n * BN // C
         o_kd, o_kh, o_kw = k // (KW * KH), k // KW % KH, k % KW
     else:
         o_c, o_kd, o_kh, o_kw = patch_index(o_n, C, KD, KH, KW, X_LAST)
+    o_r = o_c * (KD * KH * KW) + (o_kd * KH + o_kh) * KW + o_kw
+    o_cx = tl.expand_dims(o_c, 0 if X_LAST else 1)
+    if not ONE_K:
+        o_kd = tl.expand_dims(o_kd, 0 if X_LAST else 1)
+        o_kh = tl.expand_dims(o_kh, 0 if X_LAST else 1)
+        o_kw = tl.expand_dims(o_kw, 0 if X_LAST else 1)
     p_g += i_group.to(tl.int64) * O * g_c
     p_x += i_group.to(tl.int64) * C * x_c
     p_partials += i_tile
@@ -73,34 +84,27 @@ def conv_weight_grad_kernel(
     b_square = tl.zeros([BM, BN], dtype=tl.float32)
     steps = tl.cdiv(P, BK)
     for step in range(first * steps, last * steps):
-        i = step // steps
-        o_p = (step - i * steps) * BK + o_k
+        i = divide(step, magic, shift)
+        o_p = tl.multiple_of((step - i * steps) * BK, BK) + o_k
         p_gi, p_xi = p_g + tl.cast(i, tl.int64) * g_i, p_x + tl.cast(i, tl.int64) * x_i
+        o_pg = tl.expand_dims(o_p, 1 if G_LAST else 0)
+        o_mg = tl.expand_dims(o_m, 0 if G_LAST else 1)
+        if EVEN:
+            b_g = tl.load(p_gi + o_pg * g_p + o_mg * g_c)
+        else:
+            m_g = (o_pg < P) & (o_mg < O)
+            b_g = tl.load(p_gi + o_pg * g_p + o_mg * g_c, mask=m_g, other=0.0)
+        o_px = tl.expand_dims(o_p, 1 if X_LAST else 0)
+        o_d, o_h, o_w = corners(
+            o_px, OH, OW, SD, SH, SW, PD, PH, PW, w_magic, w_shift, hw_magic, hw_shift, DIMS
+        )
+        b_x = patches(
+            p_xi, (o_px < P) & (o_cx < C), o_d, o_h, o_w, o_cx, o_kd, o_kh, o_kw,
+            D, H, W, x_c, x_d, x_h, x_w, DD, DH, DW, DIMS, MASKED=not EVEN,
+        )  # fmt: skip
         if G_LAST:
-            m_g = (o_p < P)[:, None] & (o_m < O)[None, :]
-            b_g = tl.load(p_gi + o_p[:, None] * g_p + o_m[None, :] * g_c, mask=m_g, other=0.0)
             b_g = tl.trans(b_g)
-        else:
-            m_g = (o_p < P)[None, :] & (o_m < O)[:, None]
-            b_g = tl.load(p_gi + o_p[None, :] * g_p + o_m[:, None] * g_c, mask=m_g, other=0.0)
-        if ONE_K:
-            b_x = patches(
-                p_xi, o_p[:, None], o_c[None, :], o_kd, o_kh, o_kw,
-                D, H, W, OH, OW, x_c, x_d, x_h, x_w,
-                SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS,
-            )  # fmt: skip
-        elif X_LAST:
-            b_x = patches(
-                p_xi, o_p[:, None], o_c[None, :], o_kd[None, :], o_kh[None, :], o_kw[None, :],
-                D, H, W, OH, OW, x_c, x_d, x_h, x_w,
-                SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS,
-            )  # fmt: skip
-        else:
-            b_x = patches(
-                p_xi, o_p[None, :], o_c[:, None], o_kd[:, None], o_kh[:, None], o_kw[:, None],
-                D, H, W, OH, OW, x_c, x_d, x_h, x_w,
-                SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS,
-            )  # fmt: skip
+        if not X_LAST:
             b_x = tl.trans(b_x)
         b_c = tl.dot(b_g, b_x, b_c, input_precision=PRECISION)
         if (step - i * steps + 1) * BK >= P:
@@ -110,7 +114,6 @@ def conv_weight_grad_kernel(
             tl.store(p_partials + tl.cast(i, tl.int64) * parts, tl.sum(b_c * b_c))
             b_c = tl.zeros([BM, BN], dtype=tl.float32)
 
-    o_r = o_c * (KD * KH * KW) + (o_kd * KH + o_kh) * KW + o_kw
     o_out = (i_group * O + o_m)[:, None].to(tl.int64) * R + o_r[None, :]
     m_out = (o_m < O)[:, None] & (o_n < R)[None, :]
     store_tile(p_sum, p_pieces, i_program, whole, b_sum, o_out, m_out, BM, BN)
@@ -123,23 +126,31 @@ def conv_precision() -> str:
     return common.precision(torch.backends.cudnn.conv)  # type: ignore[attr-defined]
 
 
-def method_of(positions: int, rows: int, columns: int, coordinates: bool) -> str:
+def method_of(positions: int, rows: int, columns: int, coordinates: bool, itemsize: int = 4) -> str:
     """Which of "direct" and "gram" serves samples of so many pixels, O = rows, C·K = columns."""
-    return "gram" if conv_gram.prefers_gram(positions, rows, columns, coordinates) else "direct"
+    gram = conv_gram.prefers_gram(positions, rows, columns, coordinates, itemsize)
+    return "gram" if gram else "direct"
 
 
-def tile_for(g: Tensor, rows: int, columns: int, dims: int) -> Tile:
-    """The tile for a weight of rows × columns and g's pixels.
+def tile_for(
+    g: Tensor, rows: int, channels: int, columns: int, dims: int, coordinates: bool
+) -> Tile:
+    """The tile for g's pixels and a weight of rows × columns, `channels` for a kernel element.
 
-    Addresses take registers as well, operands in halves most; small tiles need fewer stages.
+    Addresses take registers as well, operands in halves most; small tiles need fewer stages. A pass
+    should be long: some hundred instructions are the same for any number of pixels, and a warp
+    issues one a cycle, in which the tensor cores do 2048 multiply-adds of 16 bits.
     """
 
     def power(n: int, largest: int) -> int:
         return min(largest, max(16, common.next_power_of_2(n)))
 
     exact = conv_precision() == "tf32x3" and g.itemsize == 4  # operands in halves
-    bm, bn = power(rows, 128), power(columns, 64)
-    block_k = power(g.shape[2:].numel(), 16 if dims == 3 or exact else 32)
+    bm = power(rows, 128)
+    large = bm == 128 and channels % 128 == 0 and not coordinates and not exact and dims < 3
+    bn = 128 if large else power(columns, 64)
+    longest = 16 if dims == 3 or exact else 64 if g.itemsize == 2 or bm * bn <= 64 * 64 else 32
+    block_k = power(g.shape[2:].numel(), longest)
     return Tile(bm, bn, block_k, 8 if bm == 128 else 4, 2 if min(bm, bn) < 64 else 3)
 
 
@@ -167,16 +178,17 @@ def weight_grad(
     """
     samples, rows, channels = g.shape[0], g.shape[1] // groups, x.shape[1] // groups
     elements, steps = math.prod(options[0]), common.cdiv(g.shape[2:].numel(), tile.BK)
-    last = x.stride(1) == 1
+    last, one_k = x.stride(1) == 1, channels % tile.BN == 0
+    even = g.shape[2:].numel() % tile.BK == rows % tile.BM == channels * elements % tile.BN == 0
     sums = TileSums(g.device, tile, samples, steps, rows, channels, elements, groups, squares)
     conv_weight_grad_kernel[(sums.pieces.programs,)](
         g, x, partials, *sums.arguments,
-        samples, *geometry(g, x, options, groups), partials.shape[1],
-        DIMS=dims, G_LAST=g.stride(1) == 1, X_LAST=last, ONE_K=last and channels % tile.BN == 0,
+        samples, *geometry(g, x, options, groups), *divisor(steps), partials.shape[1],
+        DIMS=dims, G_LAST=g.stride(1) == 1, X_LAST=last, ONE_K=one_k, EVEN=even,
         SQUARES=squares, PRECISION=conv_precision(),
         **tile._asdict(), **common.OPTIONS,
     )  # fmt: skip
-    return sums.finish(channels_last=last)
+    return sums.finish(channels_last=last or one_k)
 
 
 def conv_weight_grad(
@@ -210,8 +222,8 @@ def conv_weight_grad(
     if not _one_stride(g):
         g = g.contiguous()
     positions, columns = g.shape[2:].numel(), x.shape[1] // groups * math.prod(kernel_size)
-    method = method or method_of(positions, rows, columns, coordinates)
-    tile = tile_for(g, rows, columns, dims)
+    method = method or method_of(positions, rows, columns, coordinates, grad_out.itemsize)
+    tile = tile_for(g, rows, x.shape[1] // groups, columns, dims, coordinates)
     parts = 0
     if weight and method == "gram":
         parts = groups * conv_gram.parts(positions)

@@ -4,9 +4,9 @@ As gram.py for linear layers, with rows of patches in the place of inputs: for P
     ‖c_i‖² = Σ_{p,p'} ⟨g_p, g_p'⟩ ⟨x_p, x_p'⟩,      x_p the patch [R] that pixel p sees, R = C·K
 and the weight gradient is one product over the pixels of all samples. Beyond that product a sample
 costs P²(O + R) multiply-adds and one gathering of its P·R patch elements (patches.py; two for each
-pair of BLOCK pixels, if there are more), where the direct form takes two vector operations for each
-of its O·R coordinates: the last stages of a ResNet, 512 channels and 16 to 64 pixels. Not measured
-on a GPU.
+pair of BLOCK pixels, if there are more), where the direct form takes three vector operations for
+each of its O·R coordinates: the last stage of a ResNet, 512 channels and 16 pixels. Not measured on
+a GPU.
 """
 
 # Kernels are written in Triton's language, not in Python's types.
@@ -21,16 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, gram
-from .patches import GATHER_COST, geometry, patch_index, patches
+from .patches import corners, geometry, patch_index, patches
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.MAGIC)
 def conv_gram_kernel(
     p_g, p_x, p_partials,
     P, O, C, D, H, W, OH, OW, KD, KH, KW, SD, SH, SW, PD, PH, PW, DD, DH, DW,
-    g_i, g_c, g_p, x_i, x_c, x_d, x_h, x_w, parts, tiles, groups,
-    DIMS: tl.constexpr, X_LAST: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr,
+    g_i, g_c, g_p, x_i, x_c, x_d, x_h, x_w, w_magic, w_shift, hw_magic, hw_shift,
+    parts, tiles, groups,
+    DIMS: tl.constexpr, X_LAST: tl.constexpr, ONE: tl.constexpr, ONE_K: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """partials[i, group, tile] = Σ over the tile of both Gram matrices' product, as in gram.py.
 
@@ -53,42 +54,42 @@ def conv_gram_kernel(
             b_q = tl.load(p_k + o_q[:, None] * g_p, mask=m_k & (o_q < P)[:, None], other=0.0)
         b_g = tl.dot(b_r, tl.trans(b_q), b_g, input_precision=PRECISION)
     b_x = tl.zeros([BT, BT], dtype=tl.float32)
+    AXIS: tl.constexpr = 1 if X_LAST else 0  # of positions; threads run along what is contiguous
+    o_rx, o_qx = tl.expand_dims(o_r, AXIS), tl.expand_dims(o_q, AXIS)
+    r_d, r_h, r_w = corners(
+        o_rx, OH, OW, SD, SH, SW, PD, PH, PW, w_magic, w_shift, hw_magic, hw_shift, DIMS
+    )
+    q_d, q_h, q_w = corners(
+        o_qx, OH, OW, SD, SH, SW, PD, PH, PW, w_magic, w_shift, hw_magic, hw_shift, DIMS
+    )
     for k in range(0, C * KD * KH * KW, BK):
-        o_c, o_kd, o_kh, o_kw = patch_index(k + o_k, C, KD, KH, KW, X_LAST)
-        b_r = position_patches(
-            p_x, o_r, o_c, o_kd, o_kh, o_kw, D, H, W, OH, OW, x_c, x_d, x_h, x_w,
-            SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS, X_LAST,
+        if ONE_K:  # the columns are channels of one kernel element
+            o_c = tl.multiple_of(k % C, BK) + o_k
+            i_k = k // C
+            o_kd, o_kh, o_kw = i_k // (KW * KH), i_k // KW % KH, i_k % KW
+        else:
+            o_c, o_kd, o_kh, o_kw = patch_index(k + o_k, C, KD, KH, KW, X_LAST)
+            o_kd, o_kh = tl.expand_dims(o_kd, 1 - AXIS), tl.expand_dims(o_kh, 1 - AXIS)
+            o_kw = tl.expand_dims(o_kw, 1 - AXIS)
+        o_c = tl.expand_dims(o_c, 1 - AXIS)
+        m_c = o_c < C
+        b_r = patches(
+            p_x, (o_rx < P) & m_c, r_d, r_h, r_w, o_c, o_kd, o_kh, o_kw,
+            D, H, W, x_c, x_d, x_h, x_w, DD, DH, DW, DIMS, MASKED=True,
         )  # fmt: skip
         b_q = b_r
         if not ONE:
-            b_q = position_patches(
-                p_x, o_q, o_c, o_kd, o_kh, o_kw, D, H, W, OH, OW, x_c, x_d, x_h, x_w,
-                SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS, X_LAST,
+            b_q = patches(
+                p_x, (o_qx < P) & m_c, q_d, q_h, q_w, o_c, o_kd, o_kh, o_kw,
+                D, H, W, x_c, x_d, x_h, x_w, DD, DH, DW, DIMS, MASKED=True,
             )  # fmt: skip
-        b_x = tl.dot(b_r, tl.trans(b_q), b_x, input_precision=PRECISION)
+        if X_LAST:
+            b_x = tl.dot(b_r, tl.trans(b_q), b_x, input_precision=PRECISION)
+        else:
+            b_x = tl.dot(tl.trans(b_r), b_q, b_x, input_precision=PRECISION)
     times = tl.where(row == column, 1.0, 2.0)
     p_out = p_partials + i * parts + i_group * tiles + i_tile
     tl.store(p_out, tl.sum(b_g * b_x) * times)
-
-
-@triton.jit
-def position_patches(
-    p_x, o_p, o_c, o_kd, o_kh, o_kw, D, H, W, OH, OW, x_c, x_d, x_h, x_w,
-    SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS: tl.constexpr, X_LAST: tl.constexpr,
-):  # fmt: skip
-    """`patches` as [positions, columns]; threads run along what is contiguous."""
-    if X_LAST:
-        b = patches(
-            p_x, o_p[:, None], o_c[None, :], o_kd[None, :], o_kh[None, :], o_kw[None, :],
-            D, H, W, OH, OW, x_c, x_d, x_h, x_w, SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS,
-        )  # fmt: skip
-    else:
-        b = patches(
-            p_x, o_p[None, :], o_c[:, None], o_kd[:, None], o_kh[:, None], o_kw[:, None],
-            D, H, W, OH, OW, x_c, x_d, x_h, x_w, SD, SH, SW, PD, PH, PW, DD, DH, DW, P, C, DIMS,
-        )  # fmt: skip
-        b = tl.trans(b)
-    return b
 
 
 def block(positions: int) -> int:
@@ -102,15 +103,20 @@ def parts(positions: int) -> int:
     return tiles * (tiles + 1) // 2
 
 
-def prefers_gram(positions: int, rows: int, columns: int, coordinates: bool) -> bool:
+def prefers_gram(
+    positions: int, rows: int, columns: int, coordinates: bool, itemsize: int = 4
+) -> bool:
     """Whether a sample's norm is cheaper from two Gram matrices than from c_i [rows, columns].
 
-    In vector operations; both forms gather every patch once for the weight gradient.
+    In instructions of one lane beyond the weight gradient's, counted in the machine code for sm_90:
+    8 for an element of a patch and 500 for a row of BLOCK pixels at every pass, against 3 for a
+    coordinate of c_i. 16-bit operands' sum over the samples then is a product in TF32, which takes
+    twice the time (`sum_of_samples`).
     """
     tiles, size = parts(positions), block(positions)
-    products = tiles * size**2 * (rows + columns) // gram.VECTOR_COST
-    gathers = (1 if tiles == 1 else 2 * tiles) * size * columns * GATHER_COST
-    return not coordinates and products + gathers < 2 * rows * columns
+    gathers = (1 if tiles == 1 else 2 * tiles) * columns * (8 * size + 500)
+    slower = positions * rows * columns // 10 if itemsize == 2 else 0
+    return not coordinates and gathers + slower < 3 * rows * columns
 
 
 def conv_norms(
@@ -128,6 +134,7 @@ def conv_norms(
     block_k = 64 if g.itemsize == 2 else 16 if precision == "tf32x3" else 32
     conv_gram_kernel[(g.shape[0] * groups * tiles,)](
         g, x, partials, *geometry(g, x, options, groups), partials.shape[1], tiles, groups,
-        DIMS=dims, X_LAST=x.stride(1) == 1, ONE=tiles == 1, PRECISION=precision,
+        DIMS=dims, X_LAST=x.stride(1) == 1, ONE=tiles == 1,
+        ONE_K=x.shape[1] // groups % block_k == 0, PRECISION=precision,
         BT=size, BK=block_k, num_warps=4, num_stages=3, **common.OPTIONS,
     )  # fmt: skip
