@@ -4,6 +4,7 @@ The launches are those that the launchers would make. The tiles' registers are a
 sources; here ptxas has the word.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -115,6 +116,16 @@ TILES: dict[str, tuple[Any, str]] = {
     "update-outer": (update_case(1, BF16, False), "tf32"),
     "update-exact": (update_case(256, F32, False), "ieee"),
 }
+# dimensions, size, kernel_size, stride, padding: whether pixels of a patch follow each other
+PATCHES = {
+    (2, 32, 1, 1, 0): False,  # but for the ends of rows: there they do not
+    (2, 32, 1, 2, 0): False,
+    (2, 32, 3, 1, 1): False,
+    (3, 16, 1, 1, 0): False,
+    (1, 64, 1, 2, 0): False,
+    (1, 64, 3, 1, 1): False,
+    (1, 64, 1, 1, 0): True,
+}
 WEIGHTS = [meta(1000, 1000), meta(77)]
 MEMORY_BOUND: dict[str, Any] = {
     "embedding": (
@@ -210,6 +221,26 @@ def test_tiles_spill_nothing(monkeypatch: pytest.MonkeyPatch, case: str, arch: i
         assert any(product in binary.ptx for product in PRODUCTS), "no tensor cores"
         if arch == 90 and launch.arguments.get("BM", launch.arguments.get("BT")) >= 64:
             assert "wgmma.mma_async" in binary.ptx
+
+
+@pytest.mark.parametrize("case", PATCHES)
+def test_loads_of_patches_are_joined_only_where_they_follow_each_other(
+    monkeypatch: pytest.MonkeyPatch, case: tuple[int, ...]
+) -> None:
+    """The kernel claims that they do, so that threads run along them."""
+    dims, size, kernel, stride, padding = case
+    out = (size + 2 * padding - kernel) // stride + 1
+    g, x = meta(16, 64, *(out,) * dims), meta(16, 64, *(size,) * dims)
+    options = ((n,) * dims for n in (kernel, stride, padding, 1))
+    call = (g, x, *options, 1, 64, True, False, False, "direct")
+    (product,) = (
+        launch
+        for launch in launches(monkeypatch, (conv.conv_weight_grad, call), "tf32")
+        if "PRECISION" in launch.kernel.arg_names
+    )
+    ptx = compile_launch(product, 90).ptx
+    sizes = set(re.findall(r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx))
+    assert sizes == ({"0x10"} if PATCHES[case] else {"0x10", "0x4"})  # of g, and of x
 
 
 @pytest.mark.parametrize("arch", ARCHS)
