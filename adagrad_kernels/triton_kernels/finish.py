@@ -60,7 +60,7 @@ def finish_kernel(
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the module says, of v [VECTORS, samples, chunks, n]; `columns` programs come first."""
-    ROW_BLOCK: tl.constexpr = 32 * ROWS  # a program loads at most 4096 elements at a time
+    ROW_BLOCK: tl.constexpr = 256 * ROWS if ROWS < 4 else 1024  # at most 8192 elements at a time
     COUNT: tl.constexpr = VECTORS if VECTORS > 0 else 1
     i = tl.program_id(0)
     length = tl.cast(samples, tl.int64) * chunks * n
@@ -173,7 +173,8 @@ def finish(
     rows = MOST_CHUNKS // padded
     if vectors is not None and (outer is None or outer.bias):
         blocks = count * common.cdiv(n, block)
-        splits = common.choose_splits(device, blocks, common.cdiv(samples, rows), 4 * n)
+        loads = common.cdiv(samples, rows)
+        splits = common.choose_splits(device, blocks, loads // 2, 4 * n)  # 8 loads for a launch
         split_samples = common.cdiv(common.cdiv(samples, splits), rows) * rows
         columns = blocks * splits
         sums = [common.SplitSums(vectors, (n,), splits, squares) for _ in range(count)]
@@ -190,6 +191,7 @@ def finish(
         OUTER=outer is not None,
         WEIGHT=outer is not None and outer.weight,
         BIAS=outer is not None and outer.bias,
-        CHUNKS=padded, ROWS=rows, BLOCK=block, num_warps=4, **common.OPTIONS,
+        CHUNKS=padded, ROWS=rows, BLOCK=block, num_warps=4 if padded == 1 else 8,
+        **common.OPTIONS,
     )  # fmt: skip
     return Finished(probe, [each.finish() for each in sums])

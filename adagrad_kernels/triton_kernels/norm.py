@@ -26,18 +26,20 @@ from . import common
 from .finish import finish
 
 CHUNK = 512
+NONE, CHANNEL, POSITION, ELEMENT = (tl.constexpr(kind) for kind in range(4))
 
 
 @triton.jit
 def scale_chunk_kernel(
-    p_g, p_x, p_mean, p_rstd, p_weight, p_bias, C, S, P,
+    p_g, p_x, p_mean, p_rstd, p_weight, p_bias, C, S, P, each,
     g_i, g_t, g_c, g_s, x_i, x_t, x_c, x_s, m_i, m_t, m_c, m_s, r_i, r_t, r_c, r_s,
     MEAN: tl.constexpr, RSTD: tl.constexpr, WEIGHT: tl.constexpr, LAST: tl.constexpr,
-    CHUNK: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    ONE_T: tl.constexpr, CHUNK: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """weight[i, chunk, c] = Σ g x̂ and bias[i, chunk, c] = Σ g over a chunk of P = T·S positions.
 
     Tiles are [positions, channels] with LAST (channels contiguous), [channels, positions] else.
+    MEAN and RSTD are kinds (`_kind`).
     """
     i, i_chunk, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if LAST:
@@ -46,11 +48,20 @@ def scale_chunk_kernel(
     else:
         o_c = (i_c * BC + tl.arange(0, BC))[:, None]
         o_k = tl.arange(0, BP)[None, :]
+    b_mean, b_rstd = 0.0, 1.0
+    if WEIGHT and MEAN == CHANNEL:
+        p_m = p_mean + i * m_i + o_c // each * m_c
+        b_mean = tl.load(p_m, mask=o_c < C, other=0.0).to(tl.float32)
+    if WEIGHT and RSTD == CHANNEL:
+        p_r = p_rstd + i * r_i + o_c // each * r_c
+        b_rstd = tl.load(p_r, mask=o_c < C, other=0.0).to(tl.float32)
     b_weight = tl.zeros(tl.broadcast(o_c, o_k)[0].shape, dtype=tl.float32)
     b_bias = tl.zeros(tl.broadcast(o_c, o_k)[0].shape, dtype=tl.float32)
     for k in range(0, tl.minimum(CHUNK, P - i_chunk * CHUNK), BP):
         o_p = i_chunk * CHUNK + k + o_k
-        o_t, o_s = o_p // S, o_p % S
+        o_t, o_s = o_p * 0, o_p
+        if not ONE_T:
+            o_t, o_s = o_p // S, o_p % S
         m = (o_p < P) & (o_c < C)
         b_g = tl.load(p_g + i * g_i + o_t * g_t + o_c * g_c + o_s * g_s, mask=m, other=0.0)
         b_g = b_g.to(tl.float32)
@@ -58,16 +69,20 @@ def scale_chunk_kernel(
         if WEIGHT:
             b_x = tl.load(p_x + i * x_i + o_t * x_t + o_c * x_c + o_s * x_s, mask=m, other=0.0)
             b_x = b_x.to(tl.float32)
-            if MEAN == 1:  # the same for every channel: one number a position
+            if MEAN == CHANNEL:
+                b_x -= b_mean
+            if MEAN == POSITION:
                 p_m = p_mean + i * m_i + o_t * m_t + o_s * m_s
                 b_x -= tl.load(p_m, mask=o_p < P, other=0.0).to(tl.float32)
-            if MEAN == 2:
+            if MEAN == ELEMENT:
                 p_m = p_mean + i * m_i + o_t * m_t + o_c * m_c + o_s * m_s
                 b_x -= tl.load(p_m, mask=m, other=0.0).to(tl.float32)
-            if RSTD == 1:
+            if RSTD == CHANNEL:
+                b_x *= b_rstd
+            if RSTD == POSITION:
                 p_r = p_rstd + i * r_i + o_t * r_t + o_s * r_s
                 b_x *= tl.load(p_r, mask=o_p < P, other=0.0).to(tl.float32)
-            if RSTD == 2:
+            if RSTD == ELEMENT:
                 p_r = p_rstd + i * r_i + o_t * r_t + o_c * r_c + o_s * r_s
                 b_x *= tl.load(p_r, mask=m, other=0.0).to(tl.float32)
             b_weight += b_g * b_x
@@ -79,9 +94,19 @@ def scale_chunk_kernel(
         tl.store(p_weight + o_out, tl.sum(b_weight, axis=AXIS), mask=m_out)
 
 
-def _kind(t: Tensor | None, expanded: Tensor) -> int:
-    """0 if there is none, 1 if it is the same for every channel, otherwise 2."""
-    return 0 if t is None else 1 if expanded.stride(2) == 0 else 2
+def _kind(t: Tensor | None) -> int:
+    """What a statistic [b, T, C or groups, S], with ones where it is the same, depends on."""
+    if t is None:
+        return NONE.value
+    if t.shape[1] == t.shape[3] == 1:
+        return CHANNEL.value
+    return (POSITION if t.shape[2] == 1 else ELEMENT).value
+
+
+def _broadcast_strides(t: Tensor, shape: torch.Size) -> list[int]:
+    """Of t as a tensor of this shape, 0 where it has a one instead."""
+    sizes = zip(t.stride(), t.shape, shape, strict=True)
+    return [0 if n == 1 != whole else stride for stride, n, whole in sizes]
 
 
 def chunk_sums(
@@ -100,12 +125,17 @@ def chunk_sums(
     ):
         chunk //= 2
     chunks = common.cdiv(positions, chunk)
+    kinds, each = (_kind(mean), _kind(rstd)), 1
+    strides = []
+    for t, kind in zip((mean, rstd), kinds, strict=True):
+        if t is not None and kind == CHANNEL.value:
+            each = channels // t.shape[2]
+        strides += [0] * 4 if t is None else _broadcast_strides(t, g.shape)
     made = torch.empty(2, samples, chunks, channels, dtype=torch.float32, device=g.device)
-    expanded = [g if t is None else t.expand(g.shape) for t in (mean, rstd)]
     scale_chunk_kernel[(samples, chunks, common.cdiv(channels, bc))](
-        g, x, *expanded, made[0], made[1], channels, inner, positions,
-        *g.stride(), *x.stride(), *expanded[0].stride(), *expanded[1].stride(),
-        MEAN=_kind(mean, expanded[0]), RSTD=_kind(rstd, expanded[1]), WEIGHT=weight, LAST=last,
+        g, x, g if mean is None else mean, g if rstd is None else rstd, made[0], made[1],
+        channels, inner, positions, each, *g.stride(), *x.stride(), *strides,
+        MEAN=kinds[0], RSTD=kinds[1], WEIGHT=weight, LAST=last, ONE_T=outer == 1,
         CHUNK=chunk, BP=bp, BC=bc, num_warps=4, **common.OPTIONS,
     )  # fmt: skip
     return made
@@ -177,9 +207,8 @@ def norm_backward(
     if grad.dtype != input.dtype or grad.stride() != input.stride():
         grad = torch.empty_like(input).copy_(grad)
     each = input.shape[2] // rstd.shape[2]
-    by_channel = [
-        t if t is None or t.shape[2] == 1 else t.repeat_interleave(each, 2) for t in (mean, rstd)
-    ]
+    if _kind(rstd) == ELEMENT.value:  # of no layer of torch's
+        mean, rstd = (t if t is None else t.repeat_interleave(each, 2) for t in (mean, rstd))
     return grad, *scale_weight_grad(
-        grad_out, input, *by_channel, capacity, weight, bias, coordinates
+        grad_out, input, mean, rstd, capacity, weight, bias, coordinates
     )
