@@ -307,6 +307,12 @@ def test_what_follows_a_product_takes_few_registers(
         assert binary.registers <= 128
 
 
+def test_outer_products_leave_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One position a sample: its norm does not come from tiles; 1 GB for 65,536 of 4096 × 4096."""
+    found = launches(monkeypatch, linear_case((64, 1, 1024, 1024), F32, True, "outer"))
+    assert [launch.arguments["parts"] for launch in found[:1]] == [0]
+
+
 ONE = [meta(1)]
 ONES: dict[str, Any] = {
     "outer": linear_case((1, 1, 1, 1), F32, True, "outer"),

@@ -258,6 +258,7 @@ def linear_weight_grad(
     parts, tile = 0, None
     if method == "direct" or (method == "outer" and coordinates):
         tile = tile_for(g, x, coordinates)
+    if tile is not None and method == "direct":
         parts = common.cdiv(rows, tile.BM) * common.cdiv(columns, tile.BN)
     elif method == "gram":
         parts = gram.parts(positions)
