@@ -9,6 +9,7 @@ Memory that a kernel forgets to write holds NaN.
 """
 
 import contextlib
+import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -182,6 +183,32 @@ def test_pieces_hold_every_sample_of_every_tile_once(slots: int, samples: int) -
         assert (cut.count - 1) * cut.size < samples <= cut.count * cut.size
         assert cut.whole % slots == 0 or not cut.rest
         assert cut.rest * cut.count <= 2 * slots + cut.rest  # the memory that they take
+
+
+def time_on_a_device(samples: int, steps: int, slots: int, cut: pieces.Pieces) -> float:
+    """Programs begin in order, each in the slot that is free first."""
+    ends = [0] * slots
+    full, last = divmod(samples, cut.size)
+    for number, length in ((cut.whole, samples), (cut.rest * full, cut.size), (cut.rest, last)):
+        for _ in range(number if length else 0):
+            heapq.heapreplace(ends, ends[0] + length)
+    joined = pieces.JOIN_COST * (1 + cut.rest * cut.count / slots) if cut.rest else 0
+    return max(ends) * steps + joined
+
+
+@pytest.mark.parametrize(("slots", "steps"), [(5, 1), (13, 16), (132, 1), (132, 64), (148, 16)])
+def test_no_other_size_of_pieces_is_much_better(slots: int, steps: int) -> None:
+    for tiles, samples in itertools.product(
+        [1, slots // 3, slots // 2 + 1, slots * 2 // 3, slots - 1, slots + 7], [1, 2, 7, 16, 50]
+    ):
+        uncut, rest = pieces.Pieces(tiles, 0, samples, 1), tiles % slots
+        times = [time_on_a_device(samples, steps, slots, uncut)]
+        for size in range(1, samples):
+            other = pieces.Pieces(tiles - rest, rest, size, common.cdiv(samples, size))
+            if rest * other.count <= 2 * slots + rest:
+                times.append(time_on_a_device(samples, steps, slots, other))
+        cut = pieces.cut(tiles, samples, steps, slots)
+        assert time_on_a_device(samples, steps, slots, cut) <= 1.05 * min(times), cut
 
 
 def test_pieces_make_the_last_wave_short() -> None:

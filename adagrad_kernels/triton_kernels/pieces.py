@@ -21,7 +21,7 @@ example 108 tiles of 16 samples in 132 slots: 16 samples long uncut, 14 in piece
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class Pieces(NamedTuple):
         return self.whole + self.rest * self.count
 
 
-@cache
+@lru_cache(1 << 12)
 def cut(tiles: int, samples: int, steps: int, slots: int) -> Pieces:
     """How to divide so many tiles over so many slots.
 
@@ -81,9 +81,12 @@ def cut(tiles: int, samples: int, steps: int, slots: int) -> Pieces:
 
     if not rest:
         return Pieces(tiles, 0, samples, 1)
-    most = min(samples, 2 * slots // rest)  # pieces of a tile: two a slot in all
-    sizes = {common.cdiv(samples, count) for count in range(1, most + 1)}
-    sizes.add(common.cdiv(rest * samples, slots))  # what a slot has to do
+    sizes = set[int]()
+    for count in range(1, min(samples, 2 * slots // rest + 1) + 1):  # about two pieces a slot
+        sizes.add(common.cdiv(samples, count))  # all of a tile as long as each other
+        free = slots - rest * (count - 1) % slots  # for the last pieces, so many in a row:
+        row = common.cdiv(rest, free)
+        sizes.add(common.cdiv(row * samples, row * (count - 1) + 1))  # together as long as another
     size = min(sorted(sizes, reverse=True), key=time)
     if size == samples:
         return Pieces(tiles, 0, samples, 1)
