@@ -113,6 +113,9 @@ TILES: dict[str, tuple[Any, str]] = {
     "conv-gram-last": (conv_case((16, 512, 512, 4), F16, False, last=True, method="gram"), "ieee"),
     "conv-gram-exact": (conv_case((16, 512, 512, 8), F32, False, method="gram"), "ieee"),
     "conv-gram-tf32": (conv_case((16, 512, 512, 9), F32, False, method="gram"), "tf32"),
+    "direct-50257": (linear_case((16, 256, 50257, 768), BF16, True, "direct"), "ieee"),
+    "direct-odd": (linear_case((16, 250, 1001, 777), BF16, False, "direct"), "ieee"),
+    "direct-odd-tf32": (linear_case((16, 250, 1001, 777), F32, False, "direct"), "tf32"),
     "update-outer": (update_case(1, BF16, False), "tf32"),
     "update-exact": (update_case(256, F32, False), "ieee"),
 }

@@ -2,11 +2,11 @@
 
 An accumulator of 128×128 takes 64 registers of a thread at 256 threads, of 128×64 or (at 128
 threads) 64×64 half of that; a thread has 255, and 128 at 512 threads. Two of 128×128 fit beside the
-operands' addresses; three (with coordinate sums) only on Hopper, in 512 threads and for 16-bit
-operands. Otherwise with coordinate sums, operands in halves, or w and v of an update, tiles shrink
-until ptxas spills nothing, which is tested for sm_80, sm_90 and sm_100; but smaller tiles read the
-operands more often: 16 bits at 600 TFLOP/s take 9.4 TB/s from L2 in tiles of 128×128, 14 in 128×64.
-Not measured on a GPU.
+operands' addresses, if rows begin at 16 bytes; three (with coordinate sums) only on Hopper, in 512
+threads, and for such 16-bit operands. Otherwise with coordinate sums, operands in halves, or w and
+v of an update, tiles shrink until ptxas spills nothing, which is tested for sm_80, sm_90 and
+sm_100; but smaller tiles read the operands more often: 16 bits at 600 TFLOP/s take 9.4 TB/s from L2
+in tiles of 128×128, 14 in 128×64. Not measured on a GPU.
 """
 
 # Kernels are written in Triton's language, not in Python's types.
@@ -57,11 +57,12 @@ def choose_tile(rows: int, columns: int, accumulators: int, itemsize: int) -> Ti
 def tile_for(g: Tensor, x: Tensor, coordinates: bool, update: bool = False) -> Tile:
     """`choose_tile` for g [b, T, O] and x [b, T, I]; the update holds w and v, too."""
     outer = g.shape[1] == 1
+    aligned = [t.shape[2] * t.itemsize % 16 == 0 for t in (g, x)]  # otherwise addresses are many
     large = g.itemsize == 2 and min(g.shape[2], x.shape[2]) > 64
     hopper = common.capability(g.device) == (9, 0)
-    if large and hopper and coordinates and not outer and not update:
+    if large and hopper and all(aligned) and coordinates and not outer and not update:
         return Tile(128, 128, 64, 16, 3)
-    accumulators = 2 + coordinates + update
+    accumulators = 2 + (coordinates or not (outer or any(aligned))) + update
     if matmul_precision() == "tf32x3" and (g.dtype == torch.float32 or outer):
         accumulators += 1
     tile = choose_tile(g.shape[2], x.shape[2], accumulators, g.itemsize)
