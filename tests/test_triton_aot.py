@@ -316,6 +316,16 @@ def test_outer_products_leave_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [launch.arguments["parts"] for launch in found[:1]] == [0]
 
 
+@pytest.mark.parametrize(("samples", "n", "most"), [(8, 16, 16), (1 << 16, 100, 8192)])
+def test_last_launch_has_not_a_program_for_every_short_row(
+    monkeypatch: pytest.MonkeyPatch, samples: int, n: int, most: int
+) -> None:
+    vectors, device = meta(1, samples, 1, n), torch.device("meta")
+    arguments = (device, meta(samples, 9), vectors, samples, samples + 1024, False)
+    found = record(monkeypatch, finish.finish, *arguments)
+    assert found[0].grid[0] <= most
+
+
 ONE = [meta(1)]
 ONES: dict[str, Any] = {
     "outer": linear_case((1, 1, 1, 1), F32, True, "outer"),

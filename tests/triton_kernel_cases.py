@@ -393,7 +393,7 @@ def test_norm_backward(
 def test_finish(samples: int, parts: int, vectors: int, chunks: int, n: int, squares: bool) -> None:
     partials = torch.rand(samples, parts) if parts else None
     v = torch.randn(vectors, samples, chunks, n) if vectors else None
-    for capacity in (samples, samples + 200):
+    for capacity in (samples, samples + 200, samples + 1500):
         done = finish.finish(torch.zeros(0).device, partials, v, samples, capacity, squares)
         truth = torch.zeros(2, capacity, dtype=torch.float64)
         truth[1, :samples] = 1

@@ -4,8 +4,8 @@ Biases, scales and shifts have a vector v_ki for each sample i (k = 0, 1), perha
 are still to be added up; weights have left parts of ‖c_i‖² in a table. Programs are of three kinds:
 
     columns    Σ_i v_ki and Σ_i v_ki² of BLOCK elements, for one split of the samples
-    rows       probe[0, i] = Σ parts + Σ_k ‖v_ki‖² and probe[1, i] = 1
-    the last   zeros beyond the samples
+    rows       probe[0, i] = Σ parts + Σ_k ‖v_ki‖² and probe[1, i] = 1 of AT_ONCE samples
+    the last   FILL zeros beyond the samples, in both rows
 
 A linear layer of one position a sample has no table (OUTER): v_i is the row of g itself, and
 probe[0, i] = ‖v_i‖² (‖x_i‖² + 1). These are kilobytes, so that a launch is what it costs: hence one
@@ -29,6 +29,10 @@ from . import common
 
 MOST_CHUNKS = 32
 """More are added up before."""
+ELEMENTS = 2048
+"""That a program loads at a time of rows, four times as many where they come in chunks."""
+FILL = 1024
+"""Zeros that a program writes to each row of the probe."""
 
 
 @triton.jit
@@ -41,14 +45,24 @@ def load_vectors(p_v, o_i, m_i, o_j, n, chunks, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def row_norm(p_v, i, n, chunks, CHUNKS: tl.constexpr, ROW_BLOCK: tl.constexpr):
-    """‖v_i‖² of sample i."""
-    o_i = i + tl.arange(0, 1)
-    b_norm = tl.zeros([1, ROW_BLOCK], dtype=tl.float32)
+def row_norms(p_v, o_i, m_i, n, chunks, CHUNKS: tl.constexpr, ROW_BLOCK: tl.constexpr):
+    """‖v_i‖² of some samples."""
+    b_norm = tl.zeros([o_i.shape[0], ROW_BLOCK], dtype=tl.float32)
     for j in range(0, n, ROW_BLOCK):
-        b = load_vectors(p_v, o_i, o_i >= 0, j + tl.arange(0, ROW_BLOCK), n, chunks, CHUNKS)
+        b = load_vectors(p_v, o_i, m_i, j + tl.arange(0, ROW_BLOCK), n, chunks, CHUNKS)
         b_norm += b * b
-    return tl.sum(b_norm)
+    return tl.sum(b_norm, axis=1)
+
+
+@triton.jit
+def row_sums(p_partials, o_i, m_i, parts, ROW_BLOCK: tl.constexpr):
+    """Σ of some rows of the table."""
+    b_sum = tl.zeros([o_i.shape[0], ROW_BLOCK], dtype=tl.float32)
+    for j in range(0, parts, ROW_BLOCK):
+        o_j = j + tl.arange(0, ROW_BLOCK)
+        o = o_i.to(tl.int64)[:, None] * parts + o_j[None, :]
+        b_sum += tl.load(p_partials + o, mask=m_i[:, None] & (o_j < parts)[None, :], other=0.0)
+    return tl.sum(b_sum, axis=1)
 
 
 @triton.jit(do_not_specialize=common.BATCH)
@@ -58,9 +72,12 @@ def finish_kernel(
     VECTORS: tl.constexpr, SQUARES: tl.constexpr,
     OUTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr, ROW_BLOCK: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """What the module says, of v [VECTORS, samples, chunks, n]; `columns` programs come first."""
-    ROW_BLOCK: tl.constexpr = 256 * ROWS if ROWS < 4 else 1024  # at most 8192 elements at a time
+    """What the module says, of v [VECTORS, samples, chunks, n]; `columns` programs come first.
+
+    A program takes CHUNKS × ROWS × BLOCK or CHUNKS × AT_ONCE × ROW_BLOCK elements at a time.
+    """
     COUNT: tl.constexpr = VECTORS if VECTORS > 0 else 1
     i = tl.program_id(0)
     length = tl.cast(samples, tl.int64) * chunks * n
@@ -83,31 +100,26 @@ def finish_kernel(
         tl.store(p_sum + o_out, tl.sum(b_sum, axis=0), mask=o_j < n)
         if SQUARES:
             tl.store(p_square + o_out, tl.sum(b_square, axis=0), mask=o_j < n)
-    elif i < columns + samples:
-        i -= columns
-        norm = 0.0
+    elif i < columns + tl.cdiv(samples, AT_ONCE):
+        o_i = (i - columns) * AT_ONCE + tl.arange(0, AT_ONCE)
+        m_i = o_i < samples
+        b_norm = tl.zeros([AT_ONCE], dtype=tl.float32)
         for k in tl.static_range(VECTORS):
-            norm += row_norm(p_v + k * length, i, n, chunks, CHUNKS, ROW_BLOCK)
+            b_norm += row_norms(p_v + k * length, o_i, m_i, n, chunks, CHUNKS, ROW_BLOCK)
         if OUTER:
-            of_input = 0.0
+            b_input = tl.zeros([AT_ONCE], dtype=tl.float32)
             if WEIGHT:
-                of_input = row_norm(p_x, i, I, 1, 1, ROW_BLOCK)
-            norm *= of_input + (1.0 if BIAS else 0.0)
+                b_input = row_norms(p_x, o_i, m_i, I, 1, 1, ROW_BLOCK)
+            b_norm *= b_input + (1.0 if BIAS else 0.0)
         else:
-            b_parts = tl.zeros([ROW_BLOCK], dtype=tl.float32)
-            for part in range(0, parts, ROW_BLOCK):
-                o_part = part + tl.arange(0, ROW_BLOCK)
-                p_part = p_partials + tl.cast(i, tl.int64) * parts + o_part
-                b_parts += tl.load(p_part, mask=o_part < parts, other=0.0)
-            norm += tl.sum(b_parts)
-        tl.store(p_probe + i, norm)
-        tl.store(p_probe + capacity + i, 1.0)
+            b_norm += row_sums(p_partials, o_i, m_i, parts, ROW_BLOCK)
+        tl.store(p_probe + o_i, b_norm, mask=m_i)
+        tl.store(p_probe + capacity + o_i, tl.full([AT_ONCE], 1.0, dtype=tl.float32), mask=m_i)
     else:
-        for column in range(samples, capacity, BLOCK):
-            o_c = column + tl.arange(0, BLOCK)
-            b_zero = tl.zeros([BLOCK], dtype=tl.float32)
-            tl.store(p_probe + o_c, b_zero, mask=o_c < capacity)
-            tl.store(p_probe + capacity + o_c, b_zero, mask=o_c < capacity)
+        o_c = samples + (i - columns - tl.cdiv(samples, AT_ONCE)) * FILL + tl.arange(0, FILL)
+        b_zero = tl.zeros([FILL], dtype=tl.float32)
+        tl.store(p_probe + o_c, b_zero, mask=o_c < capacity)
+        tl.store(p_probe + capacity + o_c, b_zero, mask=o_c < capacity)
 
 
 class Outer(NamedTuple):
@@ -179,19 +191,27 @@ def finish(
         columns = blocks * splits
         sums = [common.SplitSums(vectors, (n,), splits, squares) for _ in range(count)]
         split_stride = sums[0].arguments[2]
+    inputs = 0 if outer is None else outer.input.shape[1]
+    parts = 0 if partials is None else partials.shape[1]
+    # Short rows are read many at a time, or else large batches would be as many tiny programs.
+    longest = common.next_power_of_2(max(n, inputs, parts, 128))
+    width = (ELEMENTS if padded == 1 else 4 * ELEMENTS) // padded
+    row_block = min(width, longest)
+    at_once = width // row_block
+    programs = columns + common.cdiv(samples, at_once) + common.cdiv(capacity - samples, FILL)
     results = [t for each in sums for t in each.arguments[:2]]
-    finish_kernel[(columns + samples + (samples < capacity),)](
+    finish_kernel[(programs,)](
         probe if vectors is None else vectors,
         probe if outer is None else outer.input,
         probe if partials is None else partials,
         probe, *results, *[probe] * (4 - len(results)),
-        samples, capacity, columns, n, 0 if outer is None else outer.input.shape[1], chunks,
-        0 if partials is None else partials.shape[1], split_stride, split_samples,
+        samples, capacity, columns, n, inputs, chunks, parts, split_stride, split_samples,
         VECTORS=count, SQUARES=squares,
         OUTER=outer is not None,
         WEIGHT=outer is not None and outer.weight,
         BIAS=outer is not None and outer.bias,
-        CHUNKS=padded, ROWS=rows, BLOCK=block, num_warps=4 if padded == 1 else 8,
-        **common.OPTIONS,
+        CHUNKS=padded, ROWS=rows, BLOCK=block,
+        AT_ONCE=at_once, ROW_BLOCK=row_block, FILL=FILL,
+        num_warps=4 if padded == 1 else 8, **common.OPTIONS,
     )  # fmt: skip
     return Finished(probe, [each.finish() for each in sums])
