@@ -293,6 +293,18 @@ def test_one_compiled_kernel_serves_all_batch_sizes(
     assert compiled
 
 
+def test_chunks_of_a_norm_may_have_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They grow with the batch, from 32 positions to 512."""
+    compiled = []
+    for b in (8, 33, 64, 100, 400):
+        tensors = (*(meta(b, 512, 768, 1),) * 2, *(meta(b, 512, 1, 1),) * 2)
+        case = norm.scale_weight_grad, (*tensors, 1024, True, True, True)
+        first = launches(monkeypatch, case)[0]
+        assert first.kernel is norm.scale_chunk_kernel
+        compiled.append(specialisation(first))
+    assert all(each == compiled[0] for each in compiled)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("case", ["direct", "direct-coordinates", "conv-last"])
 def test_what_follows_a_product_takes_few_registers(

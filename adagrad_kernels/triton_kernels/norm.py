@@ -4,11 +4,11 @@ The whole backward pass of a normalisation is this beside torch's kernel for the
 
     c_i[c] = Σ_{t,s} g[i, t, c, s] x̂[i, t, c, s],   x̂ = (x − mean) rstd,   and the bias Σ_{t,s} g
 
-First pass: a program sums CHUNK positions of one sample and a block of channels, and writes two
-numbers a channel to [b, chunks, C]. It reads g and x once and writes 1/CHUNK of that: memory-bound,
-with b·chunks·C/block programs. Threads run along channels where those are contiguous (LayerNorm,
-S = 1), otherwise along positions. The second pass is that of statistics.py over what is left,
-[b, C]. Not measured on a GPU.
+First pass: a program sums up to CHUNK positions of one sample and a block of channels, and writes
+two numbers a channel to [b, chunks, C]. It reads g and x once and writes 1/CHUNK of that, or more
+where programs are few: memory-bound, with b·chunks·C/block programs. Threads run along channels
+where those are contiguous (LayerNorm, S = 1), otherwise along positions. The second pass is that of
+finish.py over what is left. Not measured on a GPU.
 """
 
 # Kernels are written in Triton's language, not in Python's types.
@@ -29,17 +29,17 @@ CHUNK = 512
 NONE, CHANNEL, POSITION, ELEMENT = (tl.constexpr(kind) for kind in range(4))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.BATCH)
 def scale_chunk_kernel(
-    p_g, p_x, p_mean, p_rstd, p_weight, p_bias, C, S, P, each,
+    p_g, p_x, p_mean, p_rstd, p_weight, p_bias, C, S, P, count, each,
     g_i, g_t, g_c, g_s, x_i, x_t, x_c, x_s, m_i, m_t, m_c, m_s, r_i, r_t, r_c, r_s,
     MEAN: tl.constexpr, RSTD: tl.constexpr, WEIGHT: tl.constexpr, LAST: tl.constexpr,
-    ONE_T: tl.constexpr, CHUNK: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    ONE_T: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """weight[i, chunk, c] = Σ g x̂ and bias[i, chunk, c] = Σ g over a chunk of P = T·S positions.
 
-    Tiles are [positions, channels] with LAST (channels contiguous), [channels, positions] else.
-    MEAN and RSTD are kinds (`_kind`).
+    A chunk is `count` tiles, [positions, channels] with LAST (channels contiguous), [channels,
+    positions] else. MEAN and RSTD are kinds (`_kind`).
     """
     i, i_chunk, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if LAST:
@@ -57,8 +57,9 @@ def scale_chunk_kernel(
         b_rstd = tl.load(p_r, mask=o_c < C, other=0.0).to(tl.float32)
     b_weight = tl.zeros(tl.broadcast(o_c, o_k)[0].shape, dtype=tl.float32)
     b_bias = tl.zeros(tl.broadcast(o_c, o_k)[0].shape, dtype=tl.float32)
-    for k in range(0, tl.minimum(CHUNK, P - i_chunk * CHUNK), BP):
-        o_p = i_chunk * CHUNK + k + o_k
+    first = i_chunk * count
+    for k in range(first, tl.minimum(first + count, tl.cdiv(P, BP))):
+        o_p = k * BP + o_k
         o_t, o_s = o_p * 0, o_p
         if not ONE_T:
             o_t, o_s = o_p // S, o_p % S
@@ -134,9 +135,9 @@ def chunk_sums(
     made = torch.empty(2, samples, chunks, channels, dtype=torch.float32, device=g.device)
     scale_chunk_kernel[(samples, chunks, common.cdiv(channels, bc))](
         g, x, g if mean is None else mean, g if rstd is None else rstd, made[0], made[1],
-        channels, inner, positions, each, *g.stride(), *x.stride(), *strides,
+        channels, inner, positions, chunk // bp, each, *g.stride(), *x.stride(), *strides,
         MEAN=kinds[0], RSTD=kinds[1], WEIGHT=weight, LAST=last, ONE_T=outer == 1,
-        CHUNK=chunk, BP=bp, BC=bc, num_warps=4, **common.OPTIONS,
+        BP=bp, BC=bc, num_warps=4, **common.OPTIONS,
     )  # fmt: skip
     return made
 
