@@ -8,8 +8,9 @@ are still to be added up; weights have left parts of ‖c_i‖² in a table. Pro
     the last   FILL zeros beyond the samples, in both rows
 
 A linear layer of one position a sample has no table (OUTER): v_i is the row of g itself, and
-probe[0, i] = ‖v_i‖² (‖x_i‖² + 1). These are kilobytes, so that a launch is what it costs: hence one
-for all, in which rows and columns both read the vectors. Not measured on a GPU.
+probe[0, i] = ‖v_i‖² (‖x_i‖² + 1). Mostly these are kilobytes, so that a launch is what it costs:
+hence one for all, in which rows and columns both read the vectors. Where columns are split, another
+launch for each k adds up the splits. Not measured on a GPU.
 """
 
 # Kernels are written in Triton's language, not in Python's types.
