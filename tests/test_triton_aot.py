@@ -259,6 +259,25 @@ def test_memory_bound_kernels_leave_room_for_many_warps(
         assert binary.registers <= 128, f"{launch.kernel.__name__} takes {binary.registers}"
 
 
+@pytest.mark.parametrize("case", ["direct", "direct-exact", "conv", "conv-64", "conv-large-tf32"])
+def test_as_many_programs_as_registers_allow(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """The estimate by which tiles are divided, against the machine code."""
+    estimates, estimate = [], pieces.resident
+
+    def resident(tile: Any, accumulators: int) -> int:
+        estimates.append(estimate(tile, accumulators))
+        return estimates[-1]
+
+    monkeypatch.setattr(pieces, "resident", resident)
+    found = launches(monkeypatch, *TILES[case])
+    (product,) = (
+        launch for launch in found if "BM" in launch.arguments and "BK" in launch.arguments
+    )
+    registers = -(-compile_launch(product, 90).registers // 8) * 8
+    allowed = 65536 // (32 * product.options["num_warps"] * registers)
+    assert allowed / 2 <= estimates[0] <= 1.5 * allowed
+
+
 BATCHES = (1, 3, 16, 33, 40, 64)
 GROWING: dict[str, Callable[[int], Any]] = {
     "outer": lambda b: linear_case((b, 1, 1024, 1024), BF16, True, "outer"),

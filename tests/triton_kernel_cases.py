@@ -147,7 +147,7 @@ def test_tiles_whole_and_in_pieces(
 ) -> None:
     """As on a device that is full with so few programs: of 12 to 24 tiles some are cut."""
     monkeypatch.setattr(common, "multiprocessors", lambda device: slots)
-    monkeypatch.setattr(pieces, "WARPS", 1)
+    monkeypatch.setattr(pieces, "resident", lambda *_: 1)
     monkeypatch.setattr(pieces, "JOIN_COST", 0)
     seen, cut_tiles = [], pieces.cut
 

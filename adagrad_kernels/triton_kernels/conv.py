@@ -180,7 +180,10 @@ def weight_grad(
     elements, steps = math.prod(options[0]), common.cdiv(g.shape[2:].numel(), tile.BK)
     last, one_k = x.stride(1) == 1, channels % tile.BN == 0
     even = g.shape[2:].numel() % tile.BK == rows % tile.BM == channels * elements % tile.BN == 0
-    sums = TileSums(g.device, tile, samples, steps, rows, channels, elements, groups, squares)
+    exact = conv_precision() == "tf32x3" and g.dtype == torch.float32
+    sums = TileSums(
+        g.device, tile, samples, steps, rows, channels, elements, groups, squares, exact
+    )
     conv_weight_grad_kernel[(sums.pieces.programs,)](
         g, x, partials, *sums.arguments,
         samples, *geometry(g, x, options, groups), *divisor(steps), partials.shape[1],

@@ -211,7 +211,8 @@ def weight_grad(
     outer = positions == 1
     units = common.cdiv(samples, tile.BK) if outer else samples
     steps = common.cdiv(positions, tile.BK)
-    sums = TileSums(g.device, tile, units, steps, rows, columns, squares=squares)
+    exact = matmul_precision() == "tf32x3" and (outer or g.dtype == torch.float32)
+    sums = TileSums(g.device, tile, units, steps, rows, columns, squares=squares, exact=exact)
     linear_weight_grad_kernel[(sums.pieces.programs,)](
         g, x, partials, *sums.arguments,
         samples, positions, rows // unit(rows), columns // unit(columns), partials.shape[1],

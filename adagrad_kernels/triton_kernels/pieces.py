@@ -30,12 +30,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .tiles import Tile, tile_index
+from .tiles import Tile, resident, tile_index
 
 JOIN_COST = 8
 """Passes in the time in which a tile is written and read again, or a kernel begins and ends."""
-WARPS = 8
-"""What a multiprocessor runs at a time, of threads that hold up to 255 of its 65,536 registers."""
 
 
 class Pieces(NamedTuple):
@@ -167,6 +165,7 @@ class TileSums:
         elements: int = 1,
         groups: int = 1,
         squares: bool = False,
+        exact: bool = False,
     ) -> None:
         """Args:
         device: where it is.
@@ -178,6 +177,7 @@ class TileSums:
         elements: K, of the kernel.
         groups: of channels.
         squares: whether Σ c_i² is wanted.
+        exact: whether operands are split into halves, in registers.
         """
 
         def empty(*size: int) -> Tensor:
@@ -186,7 +186,7 @@ class TileSums:
         self._tile, self._squares = tile, squares
         self._sizes = rows, channels, elements
         self._tiles = common.cdiv(rows, tile.BM), common.cdiv(channels * elements, tile.BN)
-        slots = common.multiprocessors(device) * max(1, WARPS // tile.num_warps)
+        slots = common.multiprocessors(device) * resident(tile, 2 + squares + exact)
         tiles = groups * self._tiles[0] * self._tiles[1]
         self.pieces = pieces = cut(tiles, samples, steps, slots)
         self.sum = empty(groups * rows, channels * elements)

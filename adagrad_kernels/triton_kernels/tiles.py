@@ -71,6 +71,16 @@ def tile_for(g: Tensor, x: Tensor, coordinates: bool, update: bool = False) -> T
     return tile._replace(num_warps=8) if update else tile
 
 
+def resident(tile: Tile, accumulators: int) -> int:
+    """How many programs a multiprocessor runs at a time, by its 65,536 registers.
+
+    A thread takes those of the accumulators and some 80 more.
+    """
+    threads = 32 * tile.num_warps
+    registers = 80 + accumulators * tile.BM * tile.BN // threads
+    return max(1, min(8, 65536 // (threads * registers)))
+
+
 def _power(n: int) -> int:
     return max(16, common.next_power_of_2(n))
 
