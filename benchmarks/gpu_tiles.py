@@ -26,7 +26,7 @@ from adagrad_kernels.triton_kernels.tiles import Tile
 from .gpu_bench import Bench
 
 BF16, F32 = torch.bfloat16, torch.float32
-SIZES = [(128, 128), (128, 64), (64, 128), (64, 64)]
+SIZES = [(128, 256), (128, 128), (128, 64), (64, 128), (64, 64)]
 STAGES = [3, 4]
 
 
@@ -35,7 +35,7 @@ def others(itemsize: int) -> list[Tile]:
     return [
         Tile(bm, bn, 128 // itemsize, bm * bn // each // 32, stages)
         for (bm, bn), each, stages in itertools.product(SIZES, [64, 32], STAGES)
-        if bm * bn // each >= 128
+        if 128 <= bm * bn // each <= 512
     ]
 
 

@@ -75,6 +75,16 @@ def update_case(positions: int, dtype: torch.dtype, coordinates: bool, b: int = 
     return linear_update.linear_adagrad_, (*tensors, 64, False, coordinates, *hyperparameters)
 
 
+def norm_case(
+    shape: tuple[int, ...], statistics: tuple[int, ...], dtype: torch.dtype, last: bool = False
+) -> Any:
+    b, positions, channels, inner = shape
+    g = meta(b, positions, inner, channels, dtype=dtype).transpose(2, 3) if last else None
+    g = meta(*shape, dtype=dtype) if g is None else g
+    tensors = (g, g, meta(*statistics), meta(*statistics), meta(channels))
+    return norm.norm_backward, (*tensors, 64, True, True, False)
+
+
 # name: launcher with arguments, float32 precision.
 TILES: dict[str, tuple[Any, str]] = {
     "outer": (linear_case((64, 1, 1024, 1024), BF16, True, "outer"), "tf32"),
@@ -161,6 +171,9 @@ MEMORY_BOUND: dict[str, Any] = {
             False,
         ),
     ),
+    "group_norm_backward": norm_case((4, 1, 64, 256), (4, 1, 32, 1), F32),
+    "batch_norm_backward": norm_case((4, 1, 64, 16), (1, 1, 64, 1), F32),
+    "channels_last_backward": norm_case((4, 1, 256, 64), (4, 1, 32, 1), BF16, last=True),
     "sample_statistics": (statistics.sample_statistics, (meta(64, 100_000, dtype=BF16),)),
     "pool_samples": (statistics.pool_samples, ([meta(2, 1024)] * 2, [1000, 1000])),
     "adagrad": (

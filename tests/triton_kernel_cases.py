@@ -357,7 +357,12 @@ def test_scale(
     [
         ((3, 7, 40, 1), (3, 7, 1, 1)),  # LayerNorm
         ((3, 1, 20, 30), (3, 1, 5, 1)),  # GroupNorm
+        ((3, 1, 18, 30), (3, 1, 6, 1)),  # of three channels each
+        ((2, 1, 80, 6), (2, 1, 2, 1)),  # of forty
+        ((2, 1, 5, 1100), (2, 1, 1, 1)),  # more positions than in a tile
+        ((2, 1, 7, 9), (2, 1, 7, 1)),  # InstanceNorm
         ((3, 1, 20, 30), (1, 1, 20, 1)),  # BatchNorm
+        ((40, 1, 70, 1), (1, 1, 70, 1)),  # without pixels
         ((2, 3, 4, 5), (2, 3, 2, 1)),  # no layer of torch's
     ],
 )
@@ -373,7 +378,27 @@ def test_norm_backward(
     if not centred and statistics_shape[0] == 1:
         return  # no layer has that
     given = mean if centred else None
-    arguments = (g, x, given, rstd, scale, shape[0] + 2, True, True, True)
+    arguments = (g, x, given, rstd, scale, shape[0] + 2)
+    compare(norm.norm_backward, reference.norm_backward, *arguments, True, True, True)
+    channels_last = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (g, x)]
+    compare(
+        norm.norm_backward, reference.norm_backward, *channels_last, *arguments[2:], *[True] * 3
+    )
+
+
+@pytest.mark.parametrize("statistics_shape", [(3, 1, 2, 1), (1, 1, 6, 1)])
+@pytest.mark.parametrize(("weight", "bias"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_norm_backward_with_frozen_parts(
+    statistics_shape: tuple[int, ...], weight: bool, bias: bool, dtype: torch.dtype
+) -> None:
+    """The input's gradient is the same, and frozen parts are not in the norms."""
+    g, x, scale = torch.randn(3, 1, 6, 5), torch.randn(3, 1, 6, 5), torch.randn(6)
+    blocks = (3, 2, 15) if statistics_shape[0] == 3 else (3, 6, 5)
+    over = 2 if statistics_shape[0] == 3 else (0, 2)
+    variance, mean = torch.var_mean(x.reshape(blocks), over, correction=0, keepdim=True)
+    mean, rstd = mean.reshape(statistics_shape), variance.rsqrt().reshape(statistics_shape)
+    arguments = (g.to(dtype), x.to(dtype), mean, rstd, scale, 3, weight, bias, False)
     compare(norm.norm_backward, reference.norm_backward, *arguments)
 
 

@@ -31,7 +31,7 @@ from . import common
 MOST_CHUNKS = 32
 """More are added up before."""
 ELEMENTS = 2048
-"""That a program loads at a time of rows, four times as many where they come in chunks."""
+"""That a program loads at a time of rows, up to four times as many where they come in chunks."""
 FILL = 1024
 """Zeros that a program writes to each row of the probe."""
 
@@ -196,7 +196,7 @@ def finish(
     parts = 0 if partials is None else partials.shape[1]
     # Short rows are read many at a time, or else large batches would be as many tiny programs.
     longest = common.next_power_of_2(max(n, inputs, parts, 128))
-    width = (ELEMENTS if padded == 1 else 4 * ELEMENTS) // padded
+    width = ELEMENTS * (1 if padded == 1 else 2 if padded < 16 else 4) // padded
     row_block = min(width, longest)
     at_once = width // row_block
     programs = columns + common.cdiv(samples, at_once) + common.cdiv(capacity - samples, FILL)
