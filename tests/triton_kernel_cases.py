@@ -356,6 +356,9 @@ def test_scale(
     ("shape", "statistics_shape"),
     [
         ((3, 7, 40, 1), (3, 7, 1, 1)),  # LayerNorm
+        ((2, 300, 33, 1), (2, 300, 1, 1)),  # in more chunks than are added up at once
+        ((5, 1, 1500, 1), (5, 1, 1, 1)),
+        ((2, 2, 8200, 1), (2, 2, 1, 1)),  # rows too long for a program
         ((3, 1, 20, 30), (3, 1, 5, 1)),  # GroupNorm
         ((3, 1, 18, 30), (3, 1, 6, 1)),  # of three channels each
         ((2, 1, 80, 6), (2, 1, 2, 1)),  # of forty

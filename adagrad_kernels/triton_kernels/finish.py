@@ -196,7 +196,8 @@ def finish(
     parts = 0 if partials is None else partials.shape[1]
     # Short rows are read many at a time, or else large batches would be as many tiny programs.
     longest = common.next_power_of_2(max(n, inputs, parts, 128))
-    width = ELEMENTS * (1 if padded == 1 else 2 if padded < 16 else 4) // padded
+    larger = 1 if padded == 1 else 4 if padded >= 16 and n % 16 == 0 else 2  # as registers allow
+    width = larger * ELEMENTS // padded
     row_block = min(width, longest)
     at_once = width // row_block
     programs = columns + common.cdiv(samples, at_once) + common.cdiv(capacity - samples, FILL)

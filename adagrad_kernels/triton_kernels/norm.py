@@ -10,8 +10,8 @@ what is left.
 
 The input's gradient needs just these sums, of GroupNorm by sample and group, of BatchNorm over all
 samples. So the whole backward pass reads g and x twice and writes once, like torch's, which forms
-such sums for itself. (LayerNorm's are over channels: there torch's kernel forms the input's
-gradient, and the first pass here takes the place of its second.)
+such sums for itself. LayerNorm and RMSNorm have their statistics by row: a program that holds whole
+rows does all of the first pass, and the input's gradient, in one reading, where torch's takes two.
 
 Not measured on a GPU.
 """
@@ -28,11 +28,13 @@ from torch import Tensor
 
 from .. import reference
 from . import common
-from .finish import finish
+from .finish import MOST_CHUNKS, finish
 
 CHUNK = 512
 ELEMENTS = 2048
 """Of the input's gradient in a program's tile."""
+LONGEST_ROW = 8192
+"""Channels that a program holds at a time."""
 LARGEST_GROUP = 32
 """Channels of a group that lies in a tile; sums of larger ones are formed before."""
 NONE, CHANNEL, POSITION, ELEMENT = (tl.constexpr(kind) for kind in range(4))
@@ -160,6 +162,50 @@ def group_sums(b, EACH: tl.constexpr, BC: tl.constexpr):
     return tl.reshape(tl.broadcast_to(b_of_group[:, None], [BC // EACH, EACH]), [BC])
 
 
+@triton.jit(do_not_specialize=common.BATCH)
+def norm_rows_kernel(
+    p_g, p_x, p_mean, p_rstd, p_scale, p_grad, p_weight, p_bias,
+    T, C, count, part, g_i, g_t, x_i, x_t, y_i, y_t, m_i, m_t, r_i, r_t,
+    MEAN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Everything for `count` tiles of positions of a sample, each with a statistic of its own.
+
+    The input's gradient as in `norm_input_kernel`, and as in `scale_chunk_kernel` weight[i, chunk,
+    c] = Σ g x̂ and bias[i, chunk, c] = Σ g; rows of C ≤ BC channels, part = 1/C.
+    """
+    i, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_c = tl.arange(0, BC)
+    m_c = o_c < C
+    b_scale = tl.load(p_scale + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_weight = tl.zeros([BT, BC], dtype=tl.float32)
+    b_bias = tl.zeros([BT, BC], dtype=tl.float32)
+    first = i_chunk * count
+    for k in range(first, tl.minimum(first + count, tl.cdiv(T, BT))):
+        o_t = k * BT + tl.arange(0, BT)
+        inside = o_t < T
+        m = inside[:, None] & m_c[None, :]
+        t = o_t.to(tl.int64)
+        b_g = tl.load(p_g + i * g_i + t[:, None] * g_t + o_c[None, :], mask=m, other=0.0)
+        b_x = tl.load(p_x + i * x_i + t[:, None] * x_t + o_c[None, :], mask=m, other=0.0)
+        b_g, b_hat = b_g.to(tl.float32), b_x.to(tl.float32)
+        b_rstd = tl.load(p_rstd + i * r_i + t * r_t, mask=inside, other=0.0).to(tl.float32)[:, None]
+        if MEAN:
+            b_mean = tl.load(p_mean + i * m_i + t * m_t, mask=inside, other=0.0).to(tl.float32)
+            b_hat -= b_mean[:, None]
+        b_hat = tl.where(m, b_hat * b_rstd, 0.0)
+        b_h = b_g * b_scale
+        b_grad = b_h - b_hat * (tl.sum(b_h * b_hat, axis=1) * part)[:, None]
+        if MEAN:
+            b_grad -= (tl.sum(b_h, axis=1) * part)[:, None]
+        p_rows = p_grad + i * y_i + t[:, None] * y_t + o_c[None, :]
+        tl.store(p_rows, b_rstd * b_grad, mask=m)
+        b_weight += b_g * b_hat
+        b_bias += b_g
+    o_out = (i * tl.num_programs(1) + i_chunk) * C + o_c
+    tl.store(p_weight + o_out, tl.sum(b_weight, axis=0), mask=m_c)
+    tl.store(p_bias + o_out, tl.sum(b_bias, axis=0), mask=m_c)
+
+
 def _kind(t: Tensor | None) -> int:
     """What a statistic [b, T, C or groups, S], with ones where it is the same, depends on."""
     if t is None:
@@ -232,19 +278,55 @@ def scale_weight_grad(
     return grad, grad_bias, done.probe, sums, bias_sums
 
 
-def _torch_input_grad(
-    g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor
+def _other_input_grad(
+    g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor, by_row: bool
 ) -> Tensor:
-    """For statistics of positions: by torch's own kernel where it has one."""
-    b, positions, channels, inner = x.shape
-    if mean is None or rstd.shape[0] != b or rstd.shape[2] * inner > 1:
+    """Of long rows, by torch's own kernel if there is one; of what no layer of torch's has."""
+    if mean is None or not by_row:
         dtype = torch.float32
         return reference.norm_input_grad(g.to(dtype), x.to(dtype), mean, rstd, scale)
-    rows, one = (b, positions, channels), (b, positions, 1)
+    rows, one = x.shape[:3], (*x.shape[:2], 1)
     return torch.ops.aten.native_layer_norm_backward.default(
-        g.reshape(rows).contiguous(), x.reshape(rows).contiguous(), [channels],
+        g.reshape(rows).contiguous(), x.reshape(rows).contiguous(), [x.shape[2]],
         mean.reshape(one), rstd.reshape(one), scale, None, [True, False, False],
     )[0]  # fmt: skip
+
+
+def _rows(
+    g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(the input's gradient, what `chunk_sums` returns) by `norm_rows_kernel`.
+
+    Args:
+        g: gradient of the output, [b, T, C, 1].
+        x: the input, likewise.
+        mean: [b, T, 1, 1], or None.
+        rstd: [b, T, 1, 1].
+        scale: [C].
+    """
+    samples, positions, channels, _ = x.shape
+    block_c = max(16, common.next_power_of_2(channels))
+    block_t = min(max(1, ELEMENTS // block_c), common.next_power_of_2(positions))
+    tiles, processors = common.cdiv(positions, block_t), common.multiprocessors(x.device)
+    chunks = min(tiles, common.cdiv(4 * processors, samples))
+    if chunks > MOST_CHUNKS and samples * MOST_CHUNKS >= processors:
+        chunks = MOST_CHUNKS
+    count = common.cdiv(tiles, chunks)
+    chunks = common.cdiv(tiles, count)
+    g = g if g.stride(2) == 1 else g.contiguous()
+    x_rows = x if x.stride(2) == 1 else x.contiguous()
+    grad = torch.empty_like(x_rows)
+    made = torch.empty(2, samples, chunks, channels, dtype=torch.float32, device=x.device)
+    strides = [
+        n for t in (g, x_rows, grad, rstd if mean is None else mean, rstd) for n in t.stride()[:2]
+    ]
+    norm_rows_kernel[(samples, chunks)](
+        g, x_rows, rstd if mean is None else mean, rstd, scale, grad, made[0], made[1],
+        positions, channels, count, 1.0 / channels, *strides,
+        MEAN=mean is not None, BT=block_t, BC=block_c,
+        num_warps=min(16, max(4, block_t * block_c // 256)), **common.OPTIONS,
+    )  # fmt: skip
+    return grad, made
 
 
 def _input_grad(
@@ -316,20 +398,25 @@ def norm_backward(
     reference.check_norm(grad_out, input, mean, rstd, scale)
     samples, positions, channels, inner = input.shape
     each = channels // rstd.shape[2]
-    if mean is None or positions > 1 or (rstd.shape[0] == samples and each * inner == channels):
-        grad = _torch_input_grad(grad_out, input, mean, rstd, scale).reshape(input.shape)
-        if grad.dtype != input.dtype or grad.stride() != input.stride():
-            grad = torch.empty_like(input).copy_(grad)
-        if _kind(rstd) == ELEMENT.value:  # of no layer of torch's
+    by_row = each * inner == channels and rstd.shape[0] == samples
+    if (not by_row and (mean is None or positions > 1)) or (channels > LONGEST_ROW and by_row):
+        grad = _other_input_grad(grad_out, input, mean, rstd, scale, by_row)
+        if _kind(rstd) == ELEMENT.value:
             mean, rstd = (t if t is None else t.repeat_interleave(each, 2) for t in (mean, rstd))
-        return grad, *scale_weight_grad(
+        return torch.empty_like(input).copy_(grad.reshape(input.shape)), *scale_weight_grad(
             grad_out, input, mean, rstd, capacity, weight, bias, coordinates
         )
-    vectors = chunk_sums(grad_out, input, mean, rstd, True)
+    grad = None
+    if by_row:
+        grad, vectors = _rows(grad_out, input, mean, rstd, scale)
+    else:
+        vectors = chunk_sums(grad_out, input, mean, rstd, True)
     kept = vectors[1 - weight : 1 + bias] if weight or bias else None
     done = finish(input.device, None, kept, samples, capacity, coordinates)
     grad_weight, sums = done.sums[0] if weight else common.nothing(input, 2)
     grad_bias, bias_sums = done.sums[-1] if bias else common.nothing(input, 2)
+    if grad is not None:
+        return grad, grad_weight, grad_bias, done.probe, sums, bias_sums
     products, means, count = vectors[0], vectors[1], each * inner
     if rstd.shape[0] < samples:  # the statistics are of all samples together
         count *= samples
