@@ -72,6 +72,12 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def broadcast_strides(t: Tensor, shape: torch.Size) -> list[int]:
+    """Of t as a tensor of this shape, 0 where it has a one instead."""
+    sizes = zip(t.stride(), t.shape, shape, strict=True)
+    return [0 if n == 1 != whole else stride for stride, n, whole in sizes]
+
+
 def interpreting() -> bool:
     """Whether kernels run in the interpreter."""
     return knobs.runtime.interpret
