@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 def run_cases(interpret: str) -> None:
@@ -29,6 +29,9 @@ def test_kernels_in_the_interpreter() -> None:
     run_cases("1")
 
 
+@pytest.mark.skipif(
+    triton.__version__.startswith("3.6."), reason="its interpreter needs an older numpy"
+)
 def test_other_tiles_are_tried(tmp_path: Path) -> None:
     """The program that chooses tiles on a GPU, on two small products."""
     out = tmp_path / "tiles.jsonl"
