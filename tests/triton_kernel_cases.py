@@ -364,6 +364,7 @@ def test_scale(
         ((2, 1, 80, 6), (2, 1, 2, 1)),  # of forty
         ((2, 1, 5, 1100), (2, 1, 1, 1)),  # more positions than in a tile
         ((2, 1, 7, 9), (2, 1, 7, 1)),  # InstanceNorm
+        ((2, 1, 6, 6), (2, 1, 6, 1)),  # with as many pixels as channels
         ((3, 1, 20, 30), (1, 1, 20, 1)),  # BatchNorm
         ((40, 1, 70, 1), (1, 1, 70, 1)),  # without pixels
         ((2, 3, 4, 5), (2, 3, 2, 1)),  # no layer of torch's

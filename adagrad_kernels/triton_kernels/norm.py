@@ -197,19 +197,18 @@ def norm_backward(
     reference.check_norm(grad_out, input, mean, rstd, scale)
     samples, positions, channels, inner = input.shape
     each = channels // rstd.shape[2]
-    by_row = each * inner == channels and rstd.shape[0] == samples
-    if (not by_row and (mean is None or positions > 1)) or (channels > LONGEST_ROW and by_row):
+    by_row = inner == rstd.shape[2] == 1 and rstd.shape[0] == samples
+    if by_row and channels <= LONGEST_ROW:
+        grad, vectors = norm_rows(grad_out, input, mean, rstd, scale)
+    elif by_row or mean is None or positions > 1:
         grad = _other_input_grad(grad_out, input, mean, rstd, scale, by_row)
         if _kind(rstd) == ELEMENT.value:
             mean, rstd = (t if t is None else t.repeat_interleave(each, 2) for t in (mean, rstd))
         return torch.empty_like(input).copy_(grad.reshape(input.shape)), *scale_weight_grad(
             grad_out, input, mean, rstd, capacity, weight, bias, coordinates
         )
-    grad = None
-    if by_row:
-        grad, vectors = norm_rows(grad_out, input, mean, rstd, scale)
     else:
-        vectors = chunk_sums(grad_out, input, mean, rstd, True)
+        grad, vectors = None, chunk_sums(grad_out, input, mean, rstd, True)
     kept = vectors[1 - weight : 1 + bias] if weight or bias else None
     done = finish(input.device, None, kept, samples, capacity, coordinates)
     grad_weight, sums = done.sums[0] if weight else common.nothing(input, 2)
