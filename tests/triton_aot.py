@@ -49,6 +49,7 @@ class Binary:
     stack: int
     shared: int
     ptx: str
+    cubin: bytes
 
 
 def record(
@@ -98,16 +99,46 @@ def compile_launch(launch: Launch, arch: int) -> Binary:
     signature, constants, attributes = specialisation(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    usage = _resource_usage(compiled.asm["cubin"])
+    usage = _run_tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    return Binary(int(found[1]), int(found[2]), compiled.metadata.shared, compiled.asm["ptx"])
+    asm = compiled.asm
+    shared = compiled.metadata.shared
+    return Binary(int(found[1]), int(found[2]), shared, asm["ptx"], asm["cubin"])
 
 
-def _resource_usage(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def instructions_of_a_pass(binary: Binary) -> int:
+    """How many a warp issues in a pass through the loop around the matrix products.
+
+    Branches ahead inside the loop are taken: they skip what is done at the end of a sample.
+    """
+    names: list[tuple[str, str]] = []  # instruction and operands
+    labels: dict[str, int] = {}
+    for line in _run_tool("nvdisasm", "-c", binary.cubin).splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(names)
+        if found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)(.*)", line):
+            names.append((found[1], found[2]))
+
+    def target(k: int) -> int | None:
+        label = re.search(r"\.L_x_\d+", names[k][1]) if names[k][0].startswith("BRA") else None
+        return labels[label[0]] if label else None
+
+    loops = [(to, k) for k in range(len(names)) if (to := target(k)) is not None and to < k]
+    products = [k for k, (name, _) in enumerate(names) if "GMMA" in name]
+    around = [(to, k) for to, k in loops if any(to <= product <= k for product in products)]
+    first, last = max(around, key=lambda loop: loop[1] - loop[0])
+    count, k = 0, first
+    while k <= last:
+        to, count = target(k), count + 1
+        k = to if to is not None and k < to <= last else k + 1
+    return count
+
+
+def _run_tool(name: str, option: str, cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-res-usage", file.name]
+        command = [tool, option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
