@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Given to every kernel: Triton's default for multiply-add fusion differs between versions."""
 BATCH = ["samples", "capacity", "rows", "columns", "splits", "split_samples", "chunks"]
 BATCH += ["whole", "rest", "size", "count"]
-MAGIC = ["magic", "w_magic", "hw_magic"]
+MAGIC = ["magic", "w_magic", "hw_magic", "c_magic", "kw_magic", "khw_magic"]
 """Arguments of which variants for 1 and multiples of 16 would be of no use, see patches.py."""
 """Arguments that grow with the batch; Triton compiles no variants for 1 and multiples of 16."""
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, gram
-from .patches import corners, geometry, patch_index, patches
+from .patches import corners, divide, divisor, geometry, patch_index, patches
 
 
 @triton.jit(do_not_specialize=common.MAGIC)
@@ -29,7 +29,7 @@ def conv_gram_kernel(
     p_g, p_x, p_partials,
     P, O, C, D, H, W, OH, OW, KD, KH, KW, SD, SH, SW, PD, PH, PW, DD, DH, DW,
     g_i, g_c, g_p, x_i, x_c, x_d, x_h, x_w, w_magic, w_shift, hw_magic, hw_shift,
-    parts, tiles, groups,
+    c_magic, c_shift, kw_magic, kw_shift, khw_magic, khw_shift, parts, tiles, groups,
     DIMS: tl.constexpr, X_LAST: tl.constexpr, ONE: tl.constexpr, ONE_K: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -64,9 +64,10 @@ def conv_gram_kernel(
     )
     for k in range(0, C * KD * KH * KW, BK):
         if ONE_K:  # the columns are channels of one kernel element
-            o_c = tl.multiple_of(k % C, BK) + o_k
-            i_k = k // C
-            o_kd, o_kh, o_kw = i_k // (KW * KH), i_k // KW % KH, i_k % KW
+            i_k = divide(k, c_magic, c_shift)
+            o_c = tl.multiple_of(k - i_k * C, BK) + o_k
+            o_kd, o_kh = divide(i_k, khw_magic, khw_shift), divide(i_k, kw_magic, kw_shift)
+            o_kh, o_kw = o_kh - o_kd * KH, i_k - o_kh * KW
         else:
             o_c, o_kd, o_kh, o_kw = patch_index(k + o_k, C, KD, KH, KW, X_LAST)
             o_kd, o_kh = tl.expand_dims(o_kd, 1 - AXIS), tl.expand_dims(o_kh, 1 - AXIS)
@@ -109,12 +110,12 @@ def prefers_gram(
     """Whether a sample's norm is cheaper from two Gram matrices than from c_i [rows, columns].
 
     In instructions of one lane beyond the weight gradient's, counted in the machine code for sm_90:
-    8 for an element of a patch and 500 for a row of BLOCK pixels at every pass, against 3 for a
+    8 for an element of a patch and 300 for a row of BLOCK pixels at every pass, against 3 for a
     coordinate of c_i. 16-bit operands' sum over the samples then is a product in TF32, which takes
     twice the time (`sum_of_samples`).
     """
     tiles, size = parts(positions), block(positions)
-    gathers = (1 if tiles == 1 else 2 * tiles) * columns * (8 * size + 500)
+    gathers = (1 if tiles == 1 else 2 * tiles) * columns * (8 * size + 300)
     slower = positions * rows * columns // 10 if itemsize == 2 else 0
     return not coordinates and gathers + slower < 3 * rows * columns
 
@@ -132,9 +133,12 @@ def conv_norms(
     positions = g.shape[2:].numel()
     tiles, size = parts(positions), block(positions)
     block_k = 64 if g.itemsize == 2 else 16 if precision == "tf32x3" else 32
+    channels, (_, height, width) = x.shape[1] // groups, options[0]
+    divisors = *divisor(channels), *divisor(width), *divisor(height * width)
     conv_gram_kernel[(g.shape[0] * groups * tiles,)](
-        g, x, partials, *geometry(g, x, options, groups), partials.shape[1], tiles, groups,
+        g, x, partials, *geometry(g, x, options, groups), *divisors,
+        partials.shape[1], tiles, groups,
         DIMS=dims, X_LAST=x.stride(1) == 1, ONE=tiles == 1,
-        ONE_K=x.shape[1] // groups % block_k == 0, PRECISION=precision,
+        ONE_K=channels % block_k == 0, PRECISION=precision,
         BT=size, BK=block_k, num_warps=4, num_stages=3, **common.OPTIONS,
     )  # fmt: skip
