@@ -113,7 +113,7 @@ def store_tile(p_out, p_pieces, i, whole, b, o_out, m_out, BM: tl.constexpr, BN:
         tl.store(p_pieces + (i - whole).to(tl.int64) * (BM * BN) + o_piece, b)
 
 
-@triton.jit(do_not_specialize=common.BATCH)
+@triton.jit(do_not_specialize=[*common.BATCH, "tiles_m", "tiles_n", "O"])
 def join_pieces_kernel(
     p_pieces, p_squares, p_sum, p_square, whole, rest, count, tiles_m, tiles_n, O, C, K,
     SQUARES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
