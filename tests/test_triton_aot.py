@@ -185,6 +185,7 @@ MEMORY_BOUND: dict[str, Any] = {
     "group_norm_backward": norm_case((4, 1, 64, 256), (4, 1, 32, 1), F32),
     "batch_norm_backward": norm_case((4, 1, 64, 16), (1, 1, 64, 1), F32),
     "channels_last_backward": norm_case((4, 1, 256, 64), (4, 1, 32, 1), BF16, last=True),
+    "many_pixels_backward": norm_case((1, 1, 3, 1 << 21), (1, 1, 3, 1), F32, last=True),
     "sample_statistics": (statistics.sample_statistics, (meta(64, 100_000, dtype=BF16),)),
     "pool_samples": (statistics.pool_samples, ([meta(2, 1024)] * 2, [1000, 1000])),
     "adagrad": (
@@ -233,6 +234,7 @@ def check(binary: Binary, launch: Launch, arch: int) -> None:
     assert binary.stack <= SPILL, f"{name} spills {binary.stack} bytes"
     assert binary.shared <= SHARED[arch], f"{name} takes {binary.shared} bytes of shared memory"
     assert binary.registers * 32 * launch.options["num_warps"] <= 1 << 16
+    assert all(size < 1 << 16 for size in launch.grid[1:])  # the first axis has 31 bits
     assert "st.global" in binary.ptx, f"{name} stores nothing"
 
 

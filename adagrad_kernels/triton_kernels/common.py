@@ -29,9 +29,9 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Given to every kernel: Triton's default for multiply-add fusion differs between versions."""
 BATCH = ["samples", "capacity", "rows", "columns", "splits", "split_samples", "chunks"]
 BATCH += ["whole", "rest", "size", "count"]
-MAGIC = ["magic", "w_magic", "hw_magic", "c_magic", "kw_magic", "khw_magic"]
-"""Arguments of which variants for 1 and multiples of 16 would be of no use, see patches.py."""
 """Arguments that grow with the batch; Triton compiles no variants for 1 and multiples of 16."""
+MAGIC = ["magic", "w_magic", "hw_magic", "c_magic", "kw_magic", "khw_magic"]
+"""Arguments of which such variants would be of no use, see patches.py."""
 
 _MULTIPROCESSORS = 132  # of an H100, where there is no device to ask
 _PARTIAL_BYTES = 1 << 26  # what the partial sums of split samples may take
@@ -70,12 +70,6 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest that is no less than n ≥ 1."""
     return 1 << (n - 1).bit_length()
-
-
-def broadcast_strides(t: Tensor, shape: torch.Size) -> list[int]:
-    """Of t as a tensor of this shape, 0 where it has a one instead."""
-    sizes = zip(t.stride(), t.shape, shape, strict=True)
-    return [0 if n == 1 != whole else stride for stride, n, whole in sizes]
 
 
 def interpreting() -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import reference
 from . import common
 from .finish import finish
-from .norm_input import input_grad
+from .norm_input import broadcast_strides, input_grad
 from .norm_rows import LONGEST_ROW, norm_rows
 
 CHUNK = 512
@@ -132,7 +132,7 @@ def chunk_sums(
     for t, kind in zip((mean, rstd), kinds, strict=True):
         if t is not None and kind == CHANNEL.value:
             each = channels // t.shape[2]
-        strides += [0] * 4 if t is None else common.broadcast_strides(t, g.shape)
+        strides += [0] * 4 if t is None else broadcast_strides(t, g.shape)
     made = torch.empty(2, samples, chunks, channels, dtype=torch.float32, device=g.device)
     scale_chunk_kernel[(samples, chunks, common.cdiv(channels, bc))](
         g, x, g if mean is None else mean, g if rstd is None else rstd, made[0], made[1],
@@ -215,10 +215,10 @@ def norm_backward(
     grad_bias, bias_sums = done.sums[-1] if bias else common.nothing(input, 2)
     if grad is not None:
         return grad, grad_weight, grad_bias, done.probe, sums, bias_sums
-    products, means, count = vectors[0], vectors[1], each * inner
+    products, totals, count = vectors[0], vectors[1], each * inner
     if rstd.shape[0] < samples:  # the statistics are of all samples together
         count *= samples
         both = (grad_weight, grad_bias) if weight and bias else vectors.sum((1, 2))
-        products, means = (t.view(1, 1, channels) for t in both)
-    grad = input_grad(grad_out, input, mean, rstd, scale, products, means, count)
+        products, totals = (t.view(1, 1, channels) for t in both)
+    grad = input_grad(grad_out, input, mean, rstd, scale, products, totals, count)
     return grad, grad_weight, grad_bias, done.probe, sums, bias_sums

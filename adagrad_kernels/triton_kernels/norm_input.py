@@ -38,7 +38,9 @@ def norm_input_kernel(
     has `step` channels, which are whole groups, and BS positions. With EACH = 0 the sums are those
     of h by group, otherwise of g by channel.
     """
-    i, i_c, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    blocks = tl.cdiv(S, BS)  # on the first axis of the grid, the others end at 65535
+    i, i_s = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    i_c = tl.program_id(1)
     o_n = tl.arange(0, BC)
     channel = i_c * step + o_n
     m_n = (channel < C) & (o_n < step)
@@ -120,14 +122,20 @@ def input_grad(
     else:  # one in it
         block_c, step = of_each, each
     grad, by_sample = torch.empty_like(x), sums.shape[0] == samples
-    statistics = [n for t in (mean, rstd) for n in common.broadcast_strides(t, x.shape)[0:3:2]]
-    norm_input_kernel[(samples, common.cdiv(channels, step), common.cdiv(inner, block_s))](
+    statistics = [n for t in (mean, rstd) for n in broadcast_strides(t, x.shape)[0:3:2]]
+    norm_input_kernel[(samples * common.cdiv(inner, block_s), common.cdiv(channels, step))](
         g, x, mean, rstd, scale, products, sums, grad,
         channels, inner, sums.shape[1], step, each, 1.0 / count,
         *_strides(g), *_strides(x), *_strides(grad), *statistics, by_sample * sums.stride(0),
         EACH=of_each, LAST=last, BC=block_c, BS=block_s, num_warps=4, **common.OPTIONS,
     )  # fmt: skip
     return grad
+
+
+def broadcast_strides(t: Tensor, shape: torch.Size) -> list[int]:
+    """Of t as a tensor of this shape, 0 where it has a one instead."""
+    sizes = zip(t.stride(), t.shape, shape, strict=True)
+    return [0 if n == 1 != whole else stride for stride, n, whole in sizes]
 
 
 def _strides(t: Tensor) -> tuple[int, int, int]:
