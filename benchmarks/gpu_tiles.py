@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from adagrad_kernels.benchmark.engine import Unavailable
@@ -138,7 +139,7 @@ def sweep(bench: Bench, product: Product) -> None:
             with bench.part(f"{product.label} {name}", peer=True):
                 try:
                     found = product.run(tile, squares)
-                except common.triton.OutOfResources as error:
+                except triton.OutOfResources as error:
                     raise Unavailable(str(error)) from error
                 for t, expected in zip(found, truth, strict=True):
                     error = (t - expected).norm()

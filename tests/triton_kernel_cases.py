@@ -18,6 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tolerance import assert_close_to_truth
 from torch import Tensor
 from triton.runtime import interpreter
@@ -32,6 +34,7 @@ from adagrad_kernels.triton_kernels import (
     linear,
     linear_update,
     norm,
+    patches,
     pieces,
     statistics,
 )
@@ -297,6 +300,17 @@ def test_the_gram_form_is_for_convolutions_of_few_pixels_and_many_channels() -> 
     assert method(512, 16, 9, False, 2) == "gram"
     assert method(128, 64, 9) == "direct"
     assert method(64, 1024, 9) == "direct"
+
+
+@given(st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1))
+@example(1, 2**31 - 1)
+@example(2**31 - 1, 2**31 - 2)
+@example(7, 2**31 - 1)
+def test_division_by_multiplication(d: int, n: int) -> None:
+    """What `divide` does in 32 bits."""
+    magic, shift = patches.divisor(d)
+    assert magic < 2**32
+    assert ((2 * n * magic) >> 32) >> shift == n // d
 
 
 def test_conv_of_strange_strides() -> None:
@@ -607,9 +621,9 @@ def test_registered_functions_take_what_the_schemas_give(
     }[name]
     if name == "conv_weight_grad":
         arguments = (sequence[0].transpose(1, 2), sequence[1].transpose(1, 2), *arguments[2:])
-    for given in (arguments, tuple(double(arguments))):
-        truth = getattr(reference, name)(*double(given))
-        result = triton_kernels._kernel(name)(*[a.clone() if a is v else a for a in given])
+    for these in (arguments, tuple(double(arguments))):
+        truth = getattr(reference, name)(*double(these))
+        result = triton_kernels._kernel(name)(*[a.clone() if a is v else a for a in these])
         for found, wanted in zip(
             [result] if isinstance(result, Tensor) else result,
             [truth] if isinstance(truth, Tensor) else truth,

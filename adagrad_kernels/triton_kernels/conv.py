@@ -126,6 +126,11 @@ def conv_precision() -> str:
     return common.precision(torch.backends.cudnn.conv)  # type: ignore[attr-defined]
 
 
+def in_halves(dtype: torch.dtype) -> bool:
+    """Whether operands are split in registers."""
+    return conv_precision() == "tf32x3" and dtype == torch.float32
+
+
 def method_of(positions: int, rows: int, columns: int, coordinates: bool, itemsize: int = 4) -> str:
     """Which of "direct" and "gram" serves samples of so many pixels, O = rows, C·K = columns."""
     gram = conv_gram.prefers_gram(positions, rows, columns, coordinates, itemsize)
@@ -138,14 +143,14 @@ def tile_for(
     """The tile for g's pixels and a weight of rows × columns, `channels` for a kernel element.
 
     Addresses take registers as well, operands in halves most; small tiles need fewer stages. A pass
-    should be long: some hundred instructions are the same for any number of pixels, and a warp
-    issues one a cycle, in which the tensor cores do 2048 multiply-adds of 16 bits.
+    should be long: some hundred instructions are the same for any number of pixels. In a cycle a
+    multiprocessor issues four, one a scheduler, and does 2048 multiply-adds of 16 bits.
     """
 
     def power(n: int, largest: int) -> int:
         return min(largest, max(16, common.next_power_of_2(n)))
 
-    exact = conv_precision() == "tf32x3" and g.itemsize == 4  # operands in halves
+    exact = in_halves(g.dtype)
     bm = power(rows, 128)
     large = bm == 128 and channels % 128 == 0 and not coordinates and not exact and dims < 3
     bn = 128 if large else power(columns, 64)
@@ -180,7 +185,7 @@ def weight_grad(
     elements, steps = math.prod(options[0]), common.cdiv(g.shape[2:].numel(), tile.BK)
     last, one_k = x.stride(1) == 1, channels % tile.BN == 0
     even = g.shape[2:].numel() % tile.BK == rows % tile.BM == channels * elements % tile.BN == 0
-    exact = conv_precision() == "tf32x3" and g.dtype == torch.float32
+    exact = in_halves(g.dtype)
     sums = TileSums(
         g.device, tile, samples, steps, rows, channels, elements, groups, squares, exact
     )

@@ -109,10 +109,10 @@ def prefers_gram(
 ) -> bool:
     """Whether a sample's norm is cheaper from two Gram matrices than from c_i [rows, columns].
 
-    In instructions of one lane beyond the weight gradient's, counted in the machine code for sm_90:
-    8 for an element of a patch and 300 for a row of BLOCK pixels at every pass, against 3 for a
-    coordinate of c_i. 16-bit operands' sum over the samples then is a product in TF32, which takes
-    twice the time (`sum_of_samples`).
+    In instructions of one lane beyond the weight gradient's, roughly as in the machine code for
+    sm_90: 8 for an element of a patch and 300 for a row of BLOCK pixels at every pass, against 3
+    for a coordinate of c_i. 16-bit operands' sum over the samples then is a product in TF32, which
+    takes twice the time (`sum_of_samples`).
     """
     tiles, size = parts(positions), block(positions)
     gathers = (1 if tiles == 1 else 2 * tiles) * columns * (8 * size + 300)

@@ -35,7 +35,7 @@ from torch import Tensor
 from . import common, gram
 from .finish import Outer, finish
 from .pieces import TileSums, piece, store_tile
-from .tiles import Tile, matmul_precision, tile_for, tile_index
+from .tiles import Tile, in_halves, matmul_precision, tile_for, tile_index
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def weight_grad(
     outer = positions == 1
     units = common.cdiv(samples, tile.BK) if outer else samples
     steps = common.cdiv(positions, tile.BK)
-    exact = matmul_precision() == "tf32x3" and (outer or g.dtype == torch.float32)
+    exact = in_halves(g.dtype, outer)
     sums = TileSums(g.device, tile, units, steps, rows, columns, squares=squares, exact=exact)
     linear_weight_grad_kernel[(sums.pieces.programs,)](
         g, x, partials, *sums.arguments,

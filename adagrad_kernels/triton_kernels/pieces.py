@@ -191,13 +191,13 @@ class TileSums:
         self.pieces = pieces = cut(tiles, samples, steps, slots)
         self.sum = empty(groups * rows, channels * elements)
         self.square = torch.empty_like(self.sum) if squares else empty(0)
-        self._pieces = self._piece_squares = self.sum
+        self._parts = self._square_parts = self.sum
         if pieces.rest:
             size = pieces.rest * pieces.count * tile.BM * tile.BN
-            self._pieces, *rest = empty(1 + squares, size)
-            self._piece_squares = rest[0] if squares else self._pieces
+            self._parts, *rest = empty(1 + squares, size)
+            self._square_parts = rest[0] if squares else self._parts
         self.arguments = (
-            self.sum, self.square, self._pieces, self._piece_squares,
+            self.sum, self.square, self._parts, self._square_parts,
             pieces.whole, pieces.rest, pieces.size,
         )  # fmt: skip
 
@@ -212,7 +212,7 @@ class TileSums:
             bm, bn = self._tile.BM, self._tile.BN
             rows = min(bm, max(1, 1024 // bn))
             join_pieces_kernel[(rest, bm // rows)](
-                self._pieces, self._piece_squares, self.sum, self.square,
+                self._parts, self._square_parts, self.sum, self.square,
                 whole, rest, count, *self._tiles, *self._sizes,
                 SQUARES=self._squares, CHANNELS_LAST=channels_last,
                 BM=bm, BN=bn, ROWS=rows, num_warps=4, **common.OPTIONS,

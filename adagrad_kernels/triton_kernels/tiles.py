@@ -63,12 +63,16 @@ def tile_for(g: Tensor, x: Tensor, coordinates: bool, update: bool = False) -> T
     if large and hopper and all(aligned) and coordinates and not outer and not update:
         return Tile(128, 128, 64, 16, 3)
     accumulators = 2 + (coordinates or not (outer or any(aligned))) + update
-    if matmul_precision() == "tf32x3" and (g.dtype == torch.float32 or outer):
-        accumulators += 1
+    accumulators += in_halves(g.dtype, outer)
     tile = choose_tile(g.shape[2], x.shape[2], accumulators, g.itemsize)
     if update and outer:  # memory-bound: many small programs, w and v on their way from the start
         return Tile(64, min(32, tile.BN), 16, 4, 3)
     return tile._replace(num_warps=8) if update else tile
+
+
+def in_halves(dtype: torch.dtype, outer: bool) -> bool:
+    """Whether a linear layer's operands are split in registers; 16-bit ones for their squares."""
+    return matmul_precision() == "tf32x3" and (dtype == torch.float32 or outer)
 
 
 def resident(tile: Tile, accumulators: int) -> int:
