@@ -1,4 +1,4 @@
-"""Runs triton_kernel_cases.py in a process of its own: in Triton's interpreter, and on a GPU."""
+"""Runs the files triton_*_cases.py in processes of their own: in Triton's interpreter, on a GPU."""
 
 import json
 import os
@@ -13,26 +13,13 @@ import torch
 triton = pytest.importorskip("triton")
 
 
-GROUPS = ("conv", "norm or scale", "not (conv or norm or scale)")
-"""Of the cases, side by side: on a GPU most of their time goes into compiling."""
+FILES = sorted(Path(__file__).parent.glob("triton_*_cases.py"))
 
 
 def run_cases(interpret: str) -> None:
-    file = Path(__file__).with_name("triton_kernel_cases.py")
-
-    def run(group: str) -> subprocess.CompletedProcess[str]:
+    def run(file: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-k",
-                group,
-                str(file),
-            ],
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
             env={**os.environ, "TRITON_INTERPRET": interpret},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -40,8 +27,9 @@ def run_cases(interpret: str) -> None:
             check=False,
         )
 
-    with ThreadPoolExecutor() as pool:
-        for done in pool.map(run, GROUPS):
+    assert FILES
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # side by side: most of it is compiling
+        for done in pool.map(run, FILES):
             assert done.returncode == 0, done.stdout
 
 
