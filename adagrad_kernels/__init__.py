@@ -6,7 +6,6 @@ Three lines of a training loop change: the optimizer, the loader, nothing else.
 
 from . import functional, ops, schedules
 from ._version import __version__
-from .attachment import UnsupportedLayerError
 from .batch_size import BatchSizeController
 from .config import show_config
 from .criteria import (
@@ -24,6 +23,7 @@ from .criteria import (
     theta_nu_from_epsilon,
 )
 from .data import AdaptiveDataLoader
+from .layers.base import UnsupportedLayerError
 from .observer import Observer, observe
 from .optim import AdAdaGrad, AdAdaGradNorm, AdaptiveBatch, LocalAdaptiveBatch
 from .statistics import GradientStatistics

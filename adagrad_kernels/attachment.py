@@ -8,19 +8,19 @@ from typing import cast
 from torch import Tensor, nn
 
 from .faults import layer_name
-from .layers import OBSERVED, ObservedLayer, fallback_class, observed_class
-from .layers.base import CallRecorder
-
-
-class UnsupportedLayerError(TypeError):
-    """A layer with trainable parameters whose per-sample gradients cannot be measured.
-
-    Example:
-        >>> observe(nn.Bilinear(2, 2, 1))
-        Traceback (most recent call last):
-        ...
-        adagrad_kernels.attachment.UnsupportedLayerError: ...Bilinear...
-    """
+from .layers import (
+    OBSERVED,
+    TRUSTED,
+    ObservedEmbedding,
+    ObservedLayer,
+    ObservedModule,
+    fallback_class,
+    module_class,
+    observed_class,
+    own_parameters,
+    refusal_of,
+)
+from .layers.base import CallRecorder, UnsupportedLayerError
 
 
 def attach(
@@ -45,19 +45,53 @@ def attach(
     plan = _plan(model, fallback, inside)
     if inside is not None:
         _check_closed(model, inside)
-    layers: list[ObservedLayer] = []
-    for name, (module, observed) in plan.items():
-        module.__dict__["plain_class"] = type(module)
-        module.__class__ = observed  # type: ignore[assignment]
-        layer = cast(ObservedLayer, module)
-        layer.attach(observer, name)
-        layers.append(layer)
+    layers = [
+        _exchange(module, observed, observer, name) for name, (module, observed) in plan.items()
+    ]
+    return layers, names, tied_layers(layers)
+
+
+def _exchange(
+    module: nn.Module, observed: type[ObservedLayer], observer: CallRecorder, name: str
+) -> ObservedLayer:
+    module.__dict__["plain_class"] = type(module)
+    module.__class__ = observed  # type: ignore[assignment]
+    layer = cast(ObservedLayer, module)
+    layer.attach(observer, name)
+    return layer
+
+
+def tied_layers(layers: Iterable[ObservedLayer]) -> set[ObservedLayer]:
+    """Those that share a parameter with another one."""
     users: dict[nn.Parameter, list[ObservedLayer]] = {}
     for layer in layers:
         for p in layer.trainable().values():
             users.setdefault(p, []).append(layer)
-    tied = {layer for found in users.values() if len(found) > 1 for layer in found}
-    return layers, names, tied
+    return {layer for found in users.values() if len(found) > 1 for layer in found}
+
+
+def give_back(layer: ObservedLayer) -> None:
+    """Gives a layer its class back."""
+    plain = detached_class(layer)
+    layer.release()
+    layer.__class__ = plain  # type: ignore[assignment]
+
+
+def measure_by_vmap(
+    layer: ObservedLayer, observer: CallRecorder, layers: list[ObservedLayer]
+) -> list[ObservedLayer]:
+    """Has a module measured by vmap, with everything in it.
+
+    Returns:
+        The layers that are observed now: the others of `layers`, and this one.
+    """
+    name, inside = layer.observed_name, set(cast(nn.Module, layer).modules())
+    kept = [other for other in layers if other not in inside]
+    for other in layers:
+        if other in inside:
+            give_back(other)
+    module = cast(nn.Module, layer)
+    return [*kept, _exchange(module, fallback_class(type(module)), observer, name)]
 
 
 def detached_class(layer: ObservedLayer) -> type[nn.Module]:
@@ -112,9 +146,9 @@ def _plan(
 ) -> dict[str, tuple[nn.Module, type[ObservedLayer]]]:
     """Name, module and observed class of each layer; changes nothing."""
     plan: dict[str, tuple[nn.Module, type[ObservedLayer]]] = {}
-    units: list[str] = []  # modules that are measured with everything in them
+    units: list[str] = []  # modules that are measured with everything in them, or lists in one
     for name, module in model.named_modules():
-        if any(unit == "" or name.startswith(unit + ".") for unit in units):
+        if any(unit in ("", name) or name.startswith(unit + ".") for unit in units):
             continue
         if inside is not None and module not in inside:
             continue
@@ -137,12 +171,57 @@ def _plan(
             )
         if observed is not None and not reason:
             plan[name] = module, observed
-        elif trainable and fallback == "vmap":
+            continue
+        own = own_parameters(module)
+        trainable = [key for key, p in own.items() if p.requires_grad]
+        known = fallback == "vmap" or type(module).__module__.startswith(TRUSTED)
+        if {own[key] for key in trainable} <= _of_layers_inside(module) and not computed:
+            continue  # it only holds what a layer in it has, too
+        refused = reason or refusal_of(module)
+        if known and not refused and not computed:
+            plan[name] = module, module_class(type(module))
+            units.extend(_lists_in(name, module))
+        elif fallback == "vmap":
             plan[name] = module, fallback_class(type(module))
             units.append(name)
-        elif trainable:
+        else:
+            reason = refused if known else reason
             raise UnsupportedLayerError(_unsupported(name, module, trainable, reason))
-    return plan
+    return plan | _around_embeddings(model, plan)
+
+
+def _of_layers_inside(module: nn.Module) -> set[nn.Parameter]:
+    """The parameters of the supported layers in a module."""
+    return {
+        p
+        for layer in module.modules()
+        if layer is not module and observed_class(type(layer)) is not None
+        for p in layer.parameters(recurse=False)
+    }
+
+
+def _lists_in(name: str, module: nn.Module) -> list[str]:
+    lists = (nn.ParameterList, nn.ParameterDict)
+    return [
+        f"{name}.{key}".lstrip(".") for key, m in module.named_children() if isinstance(m, lists)
+    ]
+
+
+def _around_embeddings(
+    model: nn.Module, plan: dict[str, tuple[nn.Module, type[ObservedLayer]]]
+) -> dict[str, tuple[nn.Module, type[ObservedLayer]]]:
+    """The modules around embeddings, which may be of positions: these meet the samples there."""
+    modules = dict(model.named_modules())
+    found: dict[str, tuple[nn.Module, type[ObservedLayer]]] = {}
+    for name, (_, observed) in plan.items():
+        if not issubclass(observed, (ObservedEmbedding, ObservedModule)):
+            continue
+        parts = name.split(".")
+        for around in (".".join(parts[:k]) for k in range(len(parts) - 1, -1, -1)):
+            module = modules[around]
+            if around != name and around not in plan and not refusal_of(module):
+                found[around] = module, module_class(type(module))
+    return found
 
 
 def _computed(module: nn.Module) -> str:
@@ -164,8 +243,8 @@ def _unsupported(name: str, module: nn.Module, trainable: list[str], reason: str
         f"({', '.join(trainable)}) whose per-sample gradients cannot be measured"
         + (f" ({reason})" if reason else "")
         + f". Supported: {known} and subclasses that keep their forward. Freeze the parameters "
-        'with requires_grad_(False); replace the layer; observe with fallback="vmap", which is '
-        "exact for modules whose samples do not influence each other, but slow, and takes the "
-        "module with everything in it (give an odd parameter a module of its own); test chosen "
-        "layers only (observe_layers=); or take WorkerNormTest, which needs no samples' gradients."
+        'with requires_grad_(False); replace the layer; observe with fallback="vmap", which '
+        "measures a module's own parameters where its forward pass uses them, and if that cannot "
+        "be, the module with everything in it by torch.func.vmap (exact, slow); test chosen layers "
+        "only (observe_layers=); or take WorkerNormTest, which needs no samples' gradients."
     )

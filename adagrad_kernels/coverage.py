@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import costs
 from .costs import Call, Cost
-from .layers import ObservedFallback, ObservedLayer
+from .layers import ObservedFallback, ObservedLayer, ObservedModule, own_parameters
 from .layers.base import Seen
 from .layers.linear import ObservedConv1D, ObservedLinear
 
@@ -31,8 +31,10 @@ class CoverageRecord:
         owner: the layer's name in the model.
         cost: what the layer's statistics cost by the model of `adagrad_kernels.costs`, for the
             shapes of its last forward pass (eager, with gradients); None before one, for a
-            parameter that is not measured, and for modules measured by vmap, which run once more
-            and write the gradients of all samples.
+            parameter that is not measured, and for modules of other classes: what they compute is
+            not known.
+        positions: whether it embeds positions that all samples share, which are measured in the
+            module around the layer.
     """
 
     name: str
@@ -41,6 +43,7 @@ class CoverageRecord:
     reason: str = ""
     owner: str = ""
     cost: Cost | None = None
+    positions: bool = False
 
 
 class Coverage(list[CoverageRecord]):
@@ -77,7 +80,10 @@ class Coverage(list[CoverageRecord]):
 def _cost(record: CoverageRecord) -> tuple[str, str]:
     if record.cost is not None:
         return _ratios(record.cost)
-    return ("unknown", "unknown") if "vmap" in record.method else ("not seen yet", "not seen yet")
+    unknown = record.method.startswith(
+        (ObservedFallback.observed_method, ObservedModule.observed_method)
+    )
+    return ("unknown", "unknown") if unknown else ("not seen yet", "not seen yet")
 
 
 def _ratios(cost: Cost) -> tuple[str, str]:
@@ -118,9 +124,10 @@ def coverage_of(
         if layer in tied:
             how += ", cross terms"
         trainable = layer.trainable().values()
-        for p in cast(nn.Module, layer).parameters():
+        for p in _own(layer):
             if any(p is q for q in trainable):
-                records.append(CoverageRecord(names[p], kind, how, "", owner, cost))
+                shared = bool(layer.takes_positions)
+                records.append(CoverageRecord(names[p], kind, how, "", owner, cost, shared))
             elif p not in measured:  # otherwise it belongs to an observed layer inside this one
                 records.append(CoverageRecord(names[p], kind, "", "frozen", owner))
     if partial:
@@ -133,10 +140,16 @@ def coverage_of(
     return records
 
 
+def _own(layer: ObservedLayer) -> Iterable[nn.Parameter]:
+    if isinstance(layer, ObservedModule):  # the layers in it have records of their own
+        return own_parameters(layer).values()
+    return cast(nn.Module, layer).parameters()
+
+
 def cost_of(layer: ObservedLayer, coordinates: bool, inner_products: bool) -> Cost | None:
     """What the layer's statistics cost, for the shapes that its last calls had."""
     trainable = layer.trainable()
-    if isinstance(layer, ObservedFallback) or not trainable:
+    if isinstance(layer, (ObservedFallback, ObservedModule)) or not trainable:
         return None
     found: Cost | None = None
     for key, seen in layer.seen.items():

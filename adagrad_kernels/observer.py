@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .attachment import attach, detached_class
+from .attachment import attach, give_back, measure_by_vmap, tied_layers
 from .coverage import Coverage, coverage_of
 from .distributed import Group, Ranks, check_same_gradient, data_parallel_group, is_sharded
+from .layers import ObservedLayer
 from .measurements import along, by_coordinate
 from .recorder import Recorder
 from .reductions import CoordinateReductions
@@ -107,6 +108,7 @@ class Observer(Recorder):
         layers: Iterable[str | nn.Module] | None = None,
     ) -> None:
         layers_, names, tied = attach(model, self, fallback, layers)
+        self._fallback = fallback
         ranks = Ranks(process_group or data_parallel_group(model))
         super().__init__(names, tied, ranks, coordinates, inner_products)
         self.model = model
@@ -126,14 +128,33 @@ class Observer(Recorder):
     def detach(self) -> None:
         """Gives every layer its class back. The model is as it was."""
         for layer in self._layers:
-            plain = detached_class(layer)
-            layer.release()
-            layer.__class__ = plain  # type: ignore[assignment]
+            give_back(layer)
         self._layers = []
         if self.updater is not None:
             self.updater.remove()
             self.updater = None
         self.reset()
+
+    @property
+    def may_fall_back(self) -> bool:
+        """Whether modules may be measured by vmap."""
+        return self._fallback == "vmap" and not torch.compiler.is_compiling()
+
+    def fall_back(self, layer: ObservedLayer) -> None:
+        """Has a module measured by vmap from now on, with everything in it."""
+        self._layers = measure_by_vmap(layer, self, self._layers)
+        self._tied = tied_layers(self._layers)
+        for other in self._layers:
+            other.notifies_from_graphs = self.inner_products or other in self._tied
+
+    def uncalled(self, layer: ObservedLayer) -> list[str]:
+        """The observed layers in a module that were not called in this forward pass."""
+        inside = set(cast(nn.Module, layer).modules()) - {layer}
+        return [
+            other.observed_name
+            for other in self._layers
+            if other in inside and other.trainable() and not self.called(other)
+        ]
 
     def coverage(self) -> Coverage:
         """How each parameter is measured, and what that is estimated to cost.

@@ -104,8 +104,9 @@ def _layer(
     runs = {"plain": forward_and_backward(module, call), "observed": run}
     device = next(module.parameters()).device
     times = {n: statistics.median(t) for n, t in _turns(runs, repeats, device).items()}
-    known = coverage.costs().items()
-    parts = [cost for owner, cost in known if owner == name or inside(owner, name)]
+    known = coverage.costs()
+    parts = [c for owner, c in known.items() if owner == name or inside(owner, name)]
+    parts = parts if name in known else []
     cost = sum(parts[1:], parts[0]) if parts else None
     return LayerProfile(name, type(module).__name__, cost, times["plain"], times["observed"])
 

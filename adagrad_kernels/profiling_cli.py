@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attachment import UnsupportedLayerError
 from .experiments.errors import UsageError
+from .layers.base import UnsupportedLayerError
 from .profiling import profile
 
 LOSSES = ("cross-entropy", "mean")

@@ -17,8 +17,11 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 def calls(
     model: nn.Module, inputs: tuple[Tensor, ...], coverage: Coverage
 ) -> Iterator[tuple[str, nn.Module, Arguments]]:
-    """Name, layer and arguments of what is measured; a layer inside another one is part of it."""
-    owners = {record.owner for record in coverage if record.method}
+    """Name, layer and arguments of what is measured; a layer inside another one is part of it.
+
+    Without embeddings of positions, which by themselves have no samples.
+    """
+    owners = {record.owner for record in coverage if record.method and not record.positions}
     outer = [n for n in owners if not any(n != o and inside(n, o) for o in owners)]
     arguments: dict[str, Arguments] = {}
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
@@ -17,6 +18,7 @@ from .distributed import Ranks, uses_processes
 from .functional import Call
 from .layers import ObservedLayer
 from .layers.base import Updater
+from .layers.shared_values import SharedValues
 from .selfcheck import parameters_with_grad, unexplained
 from .shared import ObservedCall, cross_terms, repeated_uses
 
@@ -94,6 +96,7 @@ class Recorder:
         self._to_explain: tuple[list[ObservedCall], Tensor] | None = None
         self._had_grads = False
         self.updater: Updater | None = None
+        self.shared_values: SharedValues | None = None  # of the innermost module that runs
         self._task = -1  # the backward pass that _calls belong to
         self._collected_task = -1  # the last one whose probe was collected
         self._noted: Noted | None = None
@@ -155,6 +158,19 @@ class Recorder:
                 self._had_grads |= any(p.grad is not None for p in self._names)
         elif not self._pending[call.key]:  # of a reentrant checkpoint, whose first had no graph
             self._pending[call.key] = 1
+
+    def called(self, layer: ObservedLayer) -> bool:
+        """Whether a layer has been called since the last backward pass (eager mode)."""
+        return not self._forward_calls.keys().isdisjoint(layer.keys())
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """What is called meanwhile does not count as a forward pass."""
+        before = self._forward_calls.copy(), self._pending.copy()
+        try:
+            yield
+        finally:
+            self._forward_calls, self._pending = before
 
     def on_backward(self, layer: ObservedLayer, call: Call, saved: tuple[Tensor, ...]) -> None:
         """Notified of each layer call's backward pass; by compiled graphs only if asked to."""

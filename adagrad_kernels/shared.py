@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from .functional import Call
 from .layers import ObservedLayer
-from .layers.embedding import ObservedEmbedding
-from .layers.linear import ObservedLinear
 
 _PIECE = 1 << 24  # elements of per-sample gradients held at a time
 
@@ -70,15 +68,15 @@ def cross_terms(
     for a, b in combinations(uses, 2):
         if a.by.layer is b.by.layer and a.by.call.key != b.by.call.key:
             continue  # different parts of the parameter
-        if sums is None and _is_matrix(a) and _is_matrix(b):
+        if sums is None and _factors(a)[0] and _factors(b)[0]:
             norms += 2 * _products(a, b, dtype)
         else:
             _add_explicit(a, b, norms, sums)
     return norms, sums
 
 
-def _is_matrix(use: Use) -> bool:
-    return use.name == "weight" and isinstance(use.by.layer, (ObservedLinear, ObservedEmbedding))
+def _factors(use: Use) -> tuple[str, int]:
+    return use.by.layer.factors(use.by.call, use.name)
 
 
 def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,20 +85,16 @@ def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _products(a: Use, b: Use, dtype: torch.dtype) -> Tensor:
     """Σ_{t,t'} ⟨u_t, u'_t'⟩⟨v_t, v'_t'⟩ for each sample; of an embedding u are tokens."""
-    if isinstance(b.by.layer, ObservedEmbedding):
+    if _factors(b)[0] == "embedding":
         a, b = b, a
-    if not isinstance(a.by.layer, ObservedEmbedding):
+    if _factors(a)[0] == "linear":
         (x, g), (y, h) = a.by.saved, b.by.saved
         left = _rows(g, dtype) @ _rows(h, dtype).mT
         right = _rows(x, dtype) @ _rows(y, dtype).mT
         return (left * right).sum((1, 2))
-    tokens, g = a.by.saved
-    ids, v = tokens.flatten(1).long(), _rows(g, dtype)
-    v = _without_padding(a.by.layer, ids, v)
-    if isinstance(b.by.layer, ObservedEmbedding):
-        others, h = b.by.saved
-        other_ids, w = others.flatten(1).long(), _rows(h, dtype)
-        w = _without_padding(b.by.layer, other_ids, w)
+    ids, v = _tokens(a, dtype)
+    if _factors(b)[0] == "embedding":
+        other_ids, w = _tokens(b, dtype)
         left = (ids.unsqueeze(2) == other_ids.unsqueeze(1)).to(dtype)
         return (left * (v @ w.mT)).sum((1, 2))
     x, h = b.by.saved
@@ -109,10 +103,12 @@ def _products(a: Use, b: Use, dtype: torch.dtype) -> Tensor:
     return (picked * (_rows(x, dtype) @ v.mT)).sum((1, 2))
 
 
-def _without_padding(layer: ObservedEmbedding, ids: Tensor, v: Tensor) -> Tensor:
-    if layer.padding_idx is None:
-        return v
-    return v.masked_fill((ids == layer.padding_idx).unsqueeze(-1), 0)
+def _tokens(use: Use, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The tokens of an embedding [b, T] and v [b, T, D], 0 where there is no gradient."""
+    tokens, grad = use.by.saved
+    ids, padding = tokens.flatten(1).long(), _factors(use)[1]
+    v = _rows(grad, dtype)
+    return ids, v if padding < 0 else v.masked_fill((ids == padding).unsqueeze(-1), 0)
 
 
 def _add_explicit(a: Use, b: Use, norms: Tensor, sums: Tensor | None) -> None:

@@ -103,6 +103,14 @@ def cases() -> dict[str, Case]:
             lambda x, w, b, *probes: af.scale(x, w, b, 1, *probes),
             lambda x, w, b: x * w[:, None] + b[:, None], randn(3, 4, 5), randn(4), randn(4),
         ),
+        "expand": (
+            lambda x, w, b, probe, of, _: x * af.expand(w, 3, probe, of).unsqueeze(1),
+            lambda x, w, b: x * w, randn(3, 4, 5), randn(5), None,
+        ),
+        "expand, scalar": (
+            lambda x, w, b, probe, of, _: x * af.expand(w, 3, probe, of)[:, None],
+            lambda x, w, b: x * w, randn(3, 4), randn(1).squeeze(), None,
+        ),
     }  # fmt: skip
 
 

@@ -62,6 +62,21 @@ class Checkpointed(nn.Module):
         return checkpoint(self.rest, self.first(x), use_reentrant=False)  # type: ignore[return-value]
 
 
+class OwnParameters(models.Transformer):
+    """With positions that all samples share, and a normalisation that is no layer."""
+
+    __module__ = "transformers.models.own"  # of the package whose modules are watched
+
+    def __init__(self) -> None:
+        super().__init__(tied=False, depth=1)
+        self.gain = nn.Parameter(torch.rand(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        where = torch.arange(x.shape[1], device=x.device)
+        y = self.layers(self.tokens(x) + self.positions(where))
+        return self.head(F.layer_norm(y, (16,)) * (1 + self.gain))
+
+
 def mlp_of(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, 9), nn.Tanh(), nn.Linear(9, 4))
 
@@ -74,6 +89,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], TensorDataset]]] = 
     "encoder": (models.Encoder, models.sequences),
     "called twice": (Twice, vectors),
     "checkpointed": (Checkpointed, vectors),
+    "own parameters": (OwnParameters, models.texts),
 }
 
 

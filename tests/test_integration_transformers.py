@@ -22,7 +22,6 @@ from transformers import TrainingArguments  # noqa: E402
 from adagrad_kernels.integrations.transformers import (  # noqa: E402
     AdaptiveBatchTrainer,
     sequence_mean_loss,
-    with_position_ids,
 )
 
 
@@ -167,7 +166,7 @@ def language(folder: Path, ragged: bool = False, **changed: Any) -> Any:
     options = {"compute_loss_func": changed.pop("compute_loss_func", None)}
     return AdaptiveBatchTrainer(
         model, arguments(folder, remove_unused_columns=True, **changed), train_dataset=data,
-        data_collator=with_position_ids(), optimizers=(opt, None), **options,
+        optimizers=(opt, None), **options,
     )  # fmt: skip
 
 

@@ -500,7 +500,7 @@ def test_random_numbers_in_a_module_measured_by_vmap(device: torch.device) -> No
             self.gain, self.dropout = nn.Parameter(torch.ones(2)), nn.Dropout()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.dropout(self.gain * x)
+            return self.dropout(torch.einsum("bi,i->bi", x, self.gain))
 
     model = nn.Sequential(nn.Linear(2, 2), Noisy()).to(device)
     observer = ak.observe(model, fallback="vmap")

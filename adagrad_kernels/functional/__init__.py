@@ -13,7 +13,7 @@ Arguments that all functions share:
 - `probe`: zeros [2, capacity] that require grad, capacity ≥ b; float32, or float64 for float64
   layers;
 - `weight_probe`: a tensor of the weight's shape that requires grad; its gradient is Σ_i c_i²;
-- `bias_probe`: likewise for the bias, where there is one (not of `embedding` and `rms_norm`);
+- `bias_probe`: likewise for the bias, where there is one (`embedding`, `expand`, `rms_norm`: none);
 - `call`: who is notified of the backward pass, see `Call`.
 """
 
@@ -21,6 +21,7 @@ from ._call import NO_LISTENER, Call, CallListener, WeightUpdate, listen
 from .batch_norm import batch_norm
 from .conv import conv, conv_transpose
 from .embedding import embedding
+from .expand import expand
 from .linear import linear
 from .normalisation import group_norm, layer_norm, rms_norm
 from .recurrent import recurrent
@@ -35,6 +36,7 @@ __all__ = [
     "conv",
     "conv_transpose",
     "embedding",
+    "expand",
     "group_norm",
     "layer_norm",
     "linear",

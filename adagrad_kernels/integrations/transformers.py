@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ..schedules import CosineDecay, LinearDecay
 from ._shared import AdaptiveOptimizer, adaptive_optimizer, scalars, take_over_clipping
 
 try:
-    from transformers import Trainer, default_data_collator
+    from transformers import Trainer
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     from ._whole_batches import AdaptiveBatchState, WholeBatches
@@ -68,7 +67,6 @@ class AdaptiveBatchTrainer(Trainer):
         ...                       use_cpu=True, report_to="none", disable_tqdm=True,
         ...                       save_strategy="no", logging_strategy="no"),
         ...     train_dataset=[{"input_ids": t, "labels": t} for t in tokens],
-        ...     data_collator=with_position_ids(),
         ...     optimizers=(ak.AdAdaGrad(model, lr=0.1, batch_size=8, max_batch_size=128), None))
         >>> _ = trainer.train()  # doctest: +ELLIPSIS
         {'train_runtime': ...}
@@ -243,35 +241,6 @@ class AdaptiveBatchTrainer(Trainer):
             served = self._batches.loader.samples - self._batches.first
             logs["train_samples_per_second"] = round(served / seconds, 3)
         super().log(logs, *args, **kwargs)
-
-
-def with_position_ids(
-    data_collator: Callable[[list[Any]], Any] = default_data_collator,
-) -> Callable[[list[Any]], Any]:
-    """A collator that adds `position_ids` 0, 1, 2, … for each sample.
-
-    Models that embed positions (BERT, GPT-2) otherwise look them up once for the whole batch,
-    and the embedding's layer cannot tell the samples apart, which is an error.
-
-    Example:
-        >>> batch = with_position_ids()([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9, 9]}])
-        >>> batch["position_ids"].tolist()
-        [[0, 1, 2], [0, 1, 2]]
-    """
-    return _WithPositionIds(data_collator)
-
-
-class _WithPositionIds:
-    """A class, so that worker processes can be given it."""
-
-    def __init__(self, data_collator: Callable[[list[Any]], Any]) -> None:
-        self._collator = data_collator
-
-    def __call__(self, samples: list[Any]) -> Any:
-        batch = self._collator(samples)
-        shape = batch["input_ids"].shape
-        batch["position_ids"] = torch.arange(shape[1]).expand(shape).contiguous()
-        return batch
 
 
 def sequence_mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

@@ -19,6 +19,7 @@ from .conv import (
 from .embedding import ObservedEmbedding
 from .fallback import ObservedFallback, fallback_class
 from .linear import ObservedConv1D, ObservedLinear
+from .module import ObservedModule, module_class, own_parameters, refusal_of
 from .normalisation import (
     ObservedBatchNorm1d,
     ObservedBatchNorm2d,
@@ -62,6 +63,10 @@ OBSERVED: dict[type[nn.Module], type[ObservedLayer]] = {
 FOREIGN = {"transformers.pytorch_utils.Conv1D": ObservedConv1D}
 """Classes of packages that need not be installed, by their qualified name."""
 
+TRUSTED = "transformers."
+"""Package whose modules are observed by `ObservedModule` without being asked for: tests train many
+of its architectures."""
+
 # What forward() itself relies on: a subclass that overrides one of these computes something else.
 _METHODS = ("forward", "_conv_forward", "_output_padding", "_check_input_dim")
 
@@ -84,8 +89,14 @@ def observed_class(plain: type[nn.Module]) -> type[ObservedLayer] | None:
 
 __all__ = [
     "OBSERVED",
+    "TRUSTED",
+    "ObservedEmbedding",
     "ObservedFallback",
     "ObservedLayer",
+    "ObservedModule",
     "fallback_class",
+    "module_class",
     "observed_class",
+    "own_parameters",
+    "refusal_of",
 ]

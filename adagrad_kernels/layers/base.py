@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .shared_values import SharedValues
 
 _PIECE = 1 << 19
 """Elements of a response that are made at a time on the CPU. Larger ones often are fresh memory,
 which the system clears first: of a convolution 3→16 of 100 images [32, 32] they took 5.6 to 9.3 ms
 all at once, 1.2 to 2.0 in pieces. Smaller ones waste calls."""
+
+
+class UnsupportedLayerError(TypeError):
+    """A layer with trainable parameters whose per-sample gradients cannot be measured.
+
+    Example:
+        >>> observe(nn.Bilinear(2, 2, 1))
+        Traceback (most recent call last):
+        ...
+        adagrad_kernels.layers.base.UnsupportedLayerError: ...Bilinear...
+    """
 
 
 class Updater(Protocol):
@@ -38,6 +51,7 @@ class CallRecorder(Protocol):
 
     probe: Tensor
     coordinates: bool
+    shared_values: SharedValues | None
 
     @property
     def updater(self) -> Updater | None:
@@ -51,6 +65,23 @@ class CallRecorder(Protocol):
 
     def detach(self) -> None:
         """Gives every layer its class back."""
+        ...
+
+    @property
+    def may_fall_back(self) -> bool:
+        """Whether modules may be measured by vmap."""
+        ...
+
+    def fall_back(self, layer: ObservedLayer) -> None:
+        """Has a module measured by vmap from now on, with everything in it."""
+        ...
+
+    def uncalled(self, layer: ObservedLayer) -> list[str]:
+        """The observed layers in a module that were not called in this forward pass."""
+        ...
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """What is called meanwhile does not count as a forward pass."""
         ...
 
     def probe_for(self, x: Tensor) -> Tensor:
@@ -96,6 +127,8 @@ class ObservedLayer:
         plain_class: the class that the instance had before.
         notifies_from_graphs: whether compiled graphs, too, notify of their calls: it takes copies
             of their operands.
+        takes_positions: of an embedding, whether its indices are shared by all samples, once that
+            is known.
         seen: the last input of each of its calls (eager mode), by the call's key.
     """
 
@@ -105,6 +138,7 @@ class ObservedLayer:
     plain_class: type[nn.Module]
     notifies_from_graphs: bool
     seen: dict[int, Seen]
+    takes_positions: bool | None = None
     _parameters: dict[str, nn.Parameter | None]  # of the module
 
     @classmethod
@@ -117,6 +151,11 @@ class ObservedLayer:
         """Whether it is observed for an optimizer that no longer exists."""
         return self._observer.abandoned
 
+    @property
+    def shared_values(self) -> SharedValues | None:
+        """What watches the innermost module whose forward pass runs, see `ObservedModule`."""
+        return self._observer.shared_values
+
     def detach(self) -> None:
         """Has its observer give all its layers back."""
         self._observer.detach()
@@ -127,17 +166,23 @@ class ObservedLayer:
         self._call = functional.Call(functional.listen(self))
         self._coordinate_probes: dict[str, Tensor] = {}
         self.seen = {}
+        self.takes_positions = None
         self.notifies_from_graphs = False
         self.observed_name = name
 
     def release(self) -> None:
         """Removes every trace of the observer; the class is exchanged back by the caller."""
-        for name in _OWN_ATTRIBUTES:
+        for name in OWN_ATTRIBUTES:
             self.__dict__.pop(name, None)
 
     def on_backward(self, call: functional.Call, saved: tuple[Tensor, ...]) -> None:
         """Notified of the backward pass of each call, see `CallListener`."""
         self._observer.on_backward(self, call, saved)
+
+    def keys(self) -> set[int]:
+        """Those of its calls."""
+        calls = (self._call, *getattr(self, "_calls", {}).values())
+        return {call.key for call in calls}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters that require grad, by their name in the layer.
@@ -211,6 +256,15 @@ class ObservedLayer:
     # What is computed after the backward pass, from the operands of a call: inner products, and
     # the cross terms of parameters that are used more than once.
 
+    def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
+        """Whether c_i of this parameter is Σ_t u_t v_tᵀ in this call, for cross terms.
+
+        Returns:
+            "linear", with u from grad_out and v from the input; "embedding", where u is one at the
+            token and v from grad_out; or "". And the token without gradient, or -1.
+        """
+        return "", -1
+
     def respond(
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
     ) -> Tensor:
@@ -257,21 +311,27 @@ class ObservedLayer:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are plain layers: an observer belongs to one model."""
         plain = self.plain_class.__new__(self.plain_class)
-        state = {k: v for k, v in self.__dict__.items() if k not in _OWN_ATTRIBUTES}
+        state = {k: v for k, v in self.__dict__.items() if k not in OWN_ATTRIBUTES}
         plain.__dict__.update(state)
         return plain.__reduce_ex__(1)  # later ones insist on the object's own class
 
 
-_OWN_ATTRIBUTES = (
+OWN_ATTRIBUTES = (
     "_observer",
     "_call",
     "_calls",
     "_coordinate_probes",
+    "_homes",
     "_inside",
+    "_settled",
     "_single",
+    "_unused",
+    "takes_positions",
+    "_uses",
     "observed_name",
     "observed_parameters",
     "plain_class",
     "seen",
     "notifies_from_graphs",
 )
+"""What observing adds to a module's own attributes."""

@@ -29,6 +29,10 @@ class ObservedLinear(ObservedLayer, nn.Linear):
             input, self.weight, self.bias, probe, weight_probe, bias_probe, call, update
         )
 
+    def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
+        """See `ObservedLayer`."""
+        return ("linear" if name == "weight" else ""), -1
+
     def respond(
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
     ) -> Tensor:

@@ -22,14 +22,20 @@ class _Affine(ObservedLayer):
     def respond(
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
     ) -> Tensor:
-        """See `ObservedLayer`; operands are x [b, T, C, S] and its statistics (mean and) rstd."""
-        x, *statistics = operands
-        if statistics:
-            *mean, rstd = (by_channel(t, x.shape[2]) for t in statistics)
-            x = (x - mean[0] if mean else x) * rstd
-        weight, bias = params.get("weight"), params.get("bias")
-        y = torch.zeros_like(x) if weight is None else x * weight.reshape(1, 1, -1, 1)
-        return y if bias is None else y + bias.reshape(1, 1, -1, 1)
+        """See `ObservedLayer`."""
+        return affine_response(operands, params.get("weight"), params.get("bias"))
+
+
+def affine_response(
+    operands: tuple[Tensor, ...], weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """y = x · weight + bias; operands are x [b, T, C, S] and (mean and) rstd, if there are."""
+    x, *statistics = operands
+    if statistics:
+        *mean, rstd = (by_channel(t, x.shape[2]) for t in statistics)
+        x = (x - mean[0] if mean else x) * rstd
+    y = torch.zeros_like(x) if weight is None else x * weight.reshape(1, 1, -1, 1)
+    return y if bias is None else y + bias.reshape(1, 1, -1, 1)
 
 
 def _check_several(number: int, what: str, input: Tensor) -> None:
