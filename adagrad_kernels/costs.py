@@ -188,12 +188,13 @@ def product(
     return Cost(METHODS[method], products * one, products * numbers * call.size, flops, moved)
 
 
-def embedding(call: Call, tokens: int, rows: int, width: int) -> Cost:
-    """Of an embedding [rows, width]; tokens in all samples."""
+def embedding(call: Call, tokens: int, rows: int, width: int, bags: bool = False) -> Cost:
+    """Of an embedding [rows, width]; tokens in all samples; `bags`: of which sums are returned."""
     wide, numbers, table = call.computed_size, tokens * width, rows * width
     flops = (call.statistics - 1) * numbers
     moved = 24 * tokens  # sorting: token, position and order are read and written
     moved += call.coordinates * (table + 2 * numbers) * wide
+    moved += 4 * bags * numbers * call.size  # rows and their gradients are written and read
     if call.inner_products:
         flops += 2 * numbers
         moved += 3 * numbers * wide

@@ -176,10 +176,10 @@ def _of_call(layer: Any, key: int, seen: Seen, call: Call) -> Cost:
         return _projection(layer, key, seen, call)
     if isinstance(layer, _ConvNd):
         return _conv(layer, seen, call)
-    if isinstance(layer, nn.Embedding):
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         rows, width = layer.weight.shape
         call = call._replace(outputs=call.inputs * width, dtype=layer.weight.dtype)
-        return costs.embedding(call, call.inputs, rows, width)
+        return costs.embedding(call, call.inputs, rows, width, isinstance(layer, nn.EmbeddingBag))
     if isinstance(layer, (ObservedLinear, ObservedConv1D)):
         return _linear(seen, call, layer.weight.numel() // seen.shape[-1])
     channels, has_bias = layer.weight.numel(), getattr(layer, "bias", None) is not None

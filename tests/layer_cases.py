@@ -35,6 +35,17 @@ class Language(nn.Module):
         return self.head(self.norm(self.embedding(tokens)))
 
 
+class Bags(nn.Module):
+    """A bag of words and a classifier."""
+
+    def __init__(self, mode: str, **options) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(11, 6, mode=mode, **options), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.bag(tokens))
+
+
 class Attention(nn.Module):
     """Multi-head attention of a linear layer's output with itself, or with functions of it."""
 
@@ -201,6 +212,9 @@ CASES = {
     "attention-frozen-projections": Case(frozen_projections, (4, 5, 4)),
     "embedding": Case(Language, (6, 9), tokens=True),
     "embedding-padding": Case(lambda: Language(padding_idx=3), (6, 9), tokens=True),
+    "embedding-bag": Case(lambda: Bags("sum"), (6, 9), tokens=True),
+    "embedding-bag-mean": Case(lambda: Bags("mean", padding_idx=3), (6, 9), tokens=True),
+    "embedding-bag-max": Case(lambda: Bags("max"), (6, 9), tokens=True),
     "layer-norm": Case(lambda: between(nn.LayerNorm(6)), (6, 4, 5)),
     "layer-norm-two": Case(lambda: between(nn.LayerNorm((4, 6), bias=False)), (6, 4, 5)),
     "rms-norm": Case(lambda: between(nn.RMSNorm(6)), (6, 4, 5)),

@@ -17,6 +17,7 @@ from .conv import (
     ObservedConvTranspose3d,
 )
 from .embedding import ObservedEmbedding
+from .embedding_bag import ObservedEmbeddingBag
 from .fallback import ObservedFallback, fallback_class
 from .linear import ObservedConv1D, ObservedLinear
 from .module import ObservedModule, module_class, own_parameters, refusal_of
@@ -43,6 +44,7 @@ OBSERVED: dict[type[nn.Module], type[ObservedLayer]] = {
     nn.ConvTranspose2d: ObservedConvTranspose2d,
     nn.ConvTranspose3d: ObservedConvTranspose3d,
     nn.Embedding: ObservedEmbedding,
+    nn.EmbeddingBag: ObservedEmbeddingBag,
     nn.LayerNorm: ObservedLayerNorm,
     nn.RMSNorm: ObservedRMSNorm,
     nn.GroupNorm: ObservedGroupNorm,

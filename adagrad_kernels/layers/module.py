@@ -79,7 +79,7 @@ class ObservedModule(ObservedLayer, nn.Module):
                 self._rehearse(own, args, kwargs)
             return self._watched(own, args, kwargs)
         except UnmeasuredUse as error:
-            use = str(error)
+            use = error.args[0]
         if own and self._observer.may_fall_back:
             self._observer.fall_back(self)
             return self.forward(*args, **kwargs)  # of another class now

@@ -209,19 +209,23 @@ class SharedValues(TorchFunctionMode):
         super().__init__()
         self.owner, self.samples, self._constants = owner, samples, constants
         self.counted = False
+        self._compiling = torch.compiler.is_compiling()
         self._entered = False
         self._values: list[Tensor] = []  # few: a search among them compiles, a dictionary does not
         self._sources: list[Source] = []
+        self._ids: set[int] = set()  # of the values; of a compiled forward pass empty
 
     def add(self, value: Tensor, source: Source) -> Tensor:
         """Counts it among the shared values; returns it."""
         self._values.append(value)
         self._sources.append(source)
+        if not self._compiling:
+            self._ids.add(id(value))
         return value
 
     def begin(self) -> None:
         """Starts to watch, if it does not yet (in eager mode; what is compiled uses `with`)."""
-        if not self._entered and not torch.compiler.is_compiling():
+        if not self._entered and not self._compiling:
             self._entered = True
             self.__enter__()
 
@@ -234,7 +238,7 @@ class SharedValues(TorchFunctionMode):
     def clear(self) -> None:
         """The forward pass is over, in whatever way. Forgets the values, which refer to this."""
         self.end()
-        self._values, self._sources = [], []
+        self._values, self._sources, self._ids = [], [], set()
 
     def hand_over(self, outputs: list[Any], outer: SharedValues | None) -> None:
         """Has the module around this one watch the shared values among the outputs.
@@ -267,7 +271,7 @@ class SharedValues(TorchFunctionMode):
     ) -> Any:
         """See `torch.overrides.TorchFunctionMode`."""
         kwargs = kwargs or {}
-        tensors = list(_tensors(args, kwargs)) if self._values else []
+        tensors = list(_tensors(args, kwargs)) if self._may_take(args, kwargs) else []
         shared = [t for t in tensors if self.source(t) is not None]
         if not shared or not torch.is_grad_enabled() or func in _COMPARING:
             if func is Tensor.unflatten:  # the compiler takes it as a method only
@@ -293,6 +297,20 @@ class SharedValues(TorchFunctionMode):
                 f"dimension 0 of which does not count the {self.samples} samples"
             )
         return self._compute(func, args, kwargs)
+
+    def _may_take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a shared value may be among the arguments: soon told, as mostly it is not."""
+        if self._compiling:
+            return bool(self._values)
+        ids = self._ids
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if id(value) in ids:
+                return True
+            if value.__class__ is list or value.__class__ is tuple:
+                for part in value:
+                    if id(part) in ids:
+                        return True
+        return False
 
     def _compute(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
