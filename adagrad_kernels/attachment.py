@@ -27,6 +27,7 @@ def attach(
     model: nn.Module,
     observer: CallRecorder,
     fallback: str,
+    coordinates: bool,
     chosen: Iterable[str | nn.Module] | None = None,
 ) -> tuple[list[ObservedLayer], dict[nn.Parameter, str], set[ObservedLayer]]:
     """Exchanges the classes of the model's layers, of the chosen ones or of all.
@@ -45,6 +46,12 @@ def attach(
     plan = _plan(model, fallback, inside)
     if inside is not None:
         _check_closed(model, inside)
+    for name, (module, _) in plan.items():
+        if coordinates and getattr(module, "sparse", False) is True:
+            raise ValueError(
+                f"layer {layer_name(name)} has sparse gradients, whose coordinate sums are not "
+                "measured: build it with sparse=False, or take a test that needs no coordinates"
+            )
     layers = [
         _exchange(module, observed, observer, name) for name, (module, observed) in plan.items()
     ]

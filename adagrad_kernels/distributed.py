@@ -121,6 +121,8 @@ def is_sharded(t: Tensor) -> bool:
 
 def local(t: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
+    if t.layout == torch.sparse_coo:
+        return t.coalesce().values()
     return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
 
 

@@ -107,7 +107,7 @@ class Observer(Recorder):
         process_group: Group | None = None,
         layers: Iterable[str | nn.Module] | None = None,
     ) -> None:
-        layers_, names, tied = attach(model, self, fallback, layers)
+        layers_, names, tied = attach(model, self, fallback, coordinates, layers)
         self._fallback = fallback
         ranks = Ranks(process_group or data_parallel_group(model))
         super().__init__(names, tied, ranks, coordinates, inner_products)

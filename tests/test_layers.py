@@ -173,10 +173,8 @@ def test_hugging_face_conv1d(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.Embedding(5, 3, sparse=True), "sparse=False"),
         (nn.Embedding(5, 3, scale_grad_by_freq=True), "scale_grad_by_freq"),
         (nn.MultiheadAttention(4, 2, add_bias_kv=True), "add_bias_kv"),
-        (nn.EmbeddingBag(3, 3, sparse=True), "sparse=False"),
         (nn.EmbeddingBag(3, 3, scale_grad_by_freq=True), "scale_grad_by_freq"),
         (nn.Bilinear(3, 3, 3), "Bilinear"),
     ],

@@ -28,8 +28,6 @@ class ObservedEmbedding(ObservedLayer, nn.Embedding):
     def refusal(cls, module: nn.Module) -> str:
         """See `ObservedLayer`."""
         assert isinstance(module, nn.Embedding)
-        if module.sparse:
-            return "sparse=True: its gradient is sparse; build it with sparse=False"
         if module.scale_grad_by_freq:
             return (
                 "scale_grad_by_freq=True: it divides by counts over the whole batch, so that no "
@@ -53,7 +51,7 @@ class ObservedEmbedding(ObservedLayer, nn.Embedding):
     def _measure(self, tokens: Tensor) -> Tensor:
         probe, weight_probe, _, call = self.probes(tokens)
         return functional.embedding(
-            tokens, self.weight, self.padding_idx, probe, weight_probe, call
+            tokens, self.weight, self.padding_idx, probe, weight_probe, call, self.sparse
         )
 
     def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
@@ -69,7 +67,13 @@ class ObservedEmbedding(ObservedLayer, nn.Embedding):
 
 def embedding_response(indices: Tensor, weight: Tensor, padding: int) -> Tensor:
     """Rows of the weight, zero for the row `padding` (-1: none)."""
-    rows = F.embedding(indices, weight)
+    if weight.layout == torch.sparse_coo:  # a gradient, which has the rows that occur
+        weight = weight.coalesce()
+        known = weight.indices()[0]
+        places = torch.searchsorted(known, indices.long().contiguous())
+        rows = F.embedding(places.clamp(max=len(known) - 1), weight.values())
+    else:
+        rows = F.embedding(indices, weight)
     if padding < 0:
         return rows
     return rows.masked_fill((indices == padding).unsqueeze(-1), 0)

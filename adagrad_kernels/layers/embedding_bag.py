@@ -27,8 +27,6 @@ class ObservedEmbeddingBag(ObservedLayer, nn.EmbeddingBag):
     def refusal(cls, module: nn.Module) -> str:
         """See `ObservedLayer`."""
         assert isinstance(module, nn.EmbeddingBag)
-        if module.sparse:
-            return "sparse=True: its gradient is sparse; build it with sparse=False"
         if module.scale_grad_by_freq:
             return (
                 "scale_grad_by_freq=True: it divides by counts over the whole batch, so that no "
@@ -57,7 +55,7 @@ class ObservedEmbeddingBag(ObservedLayer, nn.EmbeddingBag):
                 )
         probe, weight_probe, _, call = self.probes(tokens)
         rows = functional.embedding(
-            tokens, self.weight, self.padding_idx, probe, weight_probe, call
+            tokens, self.weight, self.padding_idx, probe, weight_probe, call, self.sparse
         )
         if self.padding_idx is not None:
             padding = tokens == self.padding_idx

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,9 @@ from ..reductions import pooled, unscaled
 from ..selfcheck import parameter_name
 from .cycle import BatchCycle, named_trainable
 from .cycled import Cycled, check_state
+from .rows import Work, touched
 
 OPTIONS = ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
-
-
-class Work(NamedTuple):
-    """One parameter to be updated, with its group, gradient and learning rate lr_k."""
-
-    group: dict[str, Any]
-    param: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-    lr: float
 
 
 Updated = tuple[Tensor, Tensor | None]
@@ -144,13 +135,15 @@ class AdaptiveAdagrad(Cycled, Optimizer):
 
     def _apply(self) -> tuple[float, Updated]:
         """Updates; returns lr_k of the first parameter, and what `_update` returns."""
-        work = list(self._work())
+        work, sparse = touched(list(self._work()))
         update = self._update if self.max_grad_norm is None else self._clipped_update
         try:
             found = update(work, self.cycle.gradient_scale)
         except RuntimeError as error:
             self._explain(work, error)
             raise
+        for rows in sparse:
+            rows.write_back()
         return work[0].lr, found
 
     def _explain(self, work: list[Work], error: RuntimeError) -> None:

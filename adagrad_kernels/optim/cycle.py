@@ -226,11 +226,12 @@ class BatchCycle:
                     f"parameter {name!r} has a gradient but is in none of the param groups: call "
                     "opt.add_param_group after unfreezing it"
                 )
-            if cast(Tensor, p.grad).is_sparse:
+            grad = cast(Tensor, p.grad)
+            if grad.is_sparse and (self.ranks.size > 1 or grad.sparse_dim() != 1):
                 name = parameter_name(self.observer.model, p)
                 raise RuntimeError(
-                    f"parameter {name!r} has a sparse gradient, which is not supported: build its "
-                    "layer with sparse=False"
+                    f"parameter {name!r} has a sparse gradient, which is followed on one process "
+                    "and by rows only: build its layer with sparse=False"
                 )
         if not gradients and not self.updated_in_backward:
             raise RuntimeError("step() without gradients: they were cleared after backward()")

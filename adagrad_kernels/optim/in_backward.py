@@ -285,7 +285,12 @@ def check_supported(optimizer: AdaptiveAdagrad, model: nn.Module) -> None:
             'update="in_backward" cannot clip: the norm of the gradient is not known before the '
             "backward pass ends"
         )
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise ValueError(
+                f'update="in_backward" takes no sparse gradients: build layer {name!r} with '
+                'sparse=False, or update="after_backward"'
+            )
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl:
             raise ValueError(_COMPILED)
     for name, p in model.named_parameters():
