@@ -52,8 +52,11 @@ def observe(
             micro-batch's layer inputs and output gradients (copies of them in a compiled model)
             until the statistics are read; costs about one forward pass. "all": of all
             micro-batches, and keeps those of all.
-        fallback: what to do about other modules with trainable parameters: "error", or "vmap",
-            which forms the per-sample gradients of that module alone, see `ObservedFallback`.
+        fallback: what to do about other modules with trainable parameters: "error", or "vmap".
+            That measures their own parameters where their forward passes use them, see
+            `layers.ObservedModule` (as is done for the modules of transformers in any case), and
+            modules of which that is not possible with everything in them by `torch.func.vmap`,
+            see `layers.ObservedFallback`: exactly, slowly.
         process_group: the processes that average their gradients, and whose samples the
             statistics pool: by default those of the model's `DistributedDataParallel`, or all of
             `torch.distributed`. All of them must ask for statistics together.

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fallback",
         choices=("error", "vmap"),
-        help="what to do about layers that are not supported: vmap measures them exactly, slowly",
+        help="what to do about layers that are not supported: vmap measures them, too",
     )
     parser.add_argument("--device", help="where to run, as torch names it: cpu, cuda, cuda:1")
     parser.add_argument(

@@ -161,7 +161,7 @@ class Recorder:
 
     def called(self, layer: ObservedLayer) -> bool:
         """Whether a layer has been called since the last backward pass (eager mode)."""
-        return not self._forward_calls.keys().isdisjoint(layer.keys())
+        return not self._forward_calls.keys().isdisjoint(layer.call_keys())
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:

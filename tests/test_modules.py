@@ -126,6 +126,23 @@ def test_uses_that_are_refused(
         model(torch.randn(3, 4))
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("name", ["own-linear", "own-matrix-transposed", "own-layer-norm",
+                                  "own-layer-norm-shifted", "own-mix"])  # fmt: skip
+def test_parameters_beside_frozen_ones(name: str, frozen: int, device: torch.device) -> None:
+    case = MODULE_CASES[name]
+    model, x = case.make().to(device).double(), case.input(device)
+    observer = ak.observe(model, coordinates=True, fallback="vmap")
+    for kept in (False, True):  # frozen after the observer was made, and unfrozen again
+        getattr(model[1], f"p{frozen}").requires_grad_(kept)
+        found = measured(model, x, observer)
+        truth = per_sample(model, loss, x)
+        assert_close(found, truth.norms_sq)
+        variance = observer.statistics().coordinate_variance
+        assert_close(variance, truth.by_parameter(truth.coordinate_variance))
+    assert isinstance(model[1], ObservedModule)
+
+
 def test_falling_back_to_vmap_is_once_and_for_all(device: torch.device) -> None:
     case = MODULE_CASES["own-borrowed"]
     model, x = case.make().to(device).double(), case.input(device)

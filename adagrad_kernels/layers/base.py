@@ -179,7 +179,7 @@ class ObservedLayer:
         """Notified of the backward pass of each call, see `CallListener`."""
         self._observer.on_backward(self, call, saved)
 
-    def keys(self) -> set[int]:
+    def call_keys(self) -> set[int]:
         """Those of its calls."""
         calls = (self._call, *getattr(self, "_calls", {}).values())
         return {call.key for call in calls}

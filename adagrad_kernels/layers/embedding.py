@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .base import ObservedLayer
-from .shared_values import Once
+from .shared_sources import Once
 
 
 class ObservedEmbedding(ObservedLayer, nn.Embedding):

@@ -1,0 +1,252 @@
+"""Functions that take a module's parameters and are measured by the kernels of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import functional
+from .base import ObservedLayer
+from .embedding import embedding_response, measure_tokens
+from .linear import linear_response
+from .normalisation import affine_response
+from .shared_sources import Own, UnmeasuredUse, matrix_of
+from .shared_values import SharedValues
+
+_RMS_NORMS = {F.rms_norm, torch.rms_norm}
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm}
+
+
+class Use(NamedTuple):
+    """What a call of the module did with its parameters.
+
+    Attributes:
+        kind: the function of `functional` that measured it.
+        weight: the parameter's name in the module, "" if there is none.
+        bias: likewise.
+        transposed: of a matrix, whether it is [I, O].
+        padding: of an embedding the row without gradient, or -1.
+    """
+
+    kind: str
+    weight: str
+    bias: str = ""
+    transposed: bool = False
+    padding: int = -1
+
+
+class MeasuredFunctions(ObservedLayer):
+    """What `ObservedModule` knows of functions: how to measure them, and their outputs again."""
+
+    _calls: dict[str, functional.Call]
+    _uses: dict[int, Use]
+
+    def _start(self, values: SharedValues, name: str, x: Tensor) -> tuple[Any, ...]:
+        """(probe, coordinate probe, call) of a use of this parameter, with x [b, …]."""
+        probe, call = self.probe_and_call(x, self._calls[name])
+        call = call._replace(counts=not values.counted)
+        values.counted = True
+        return probe, self._coordinate_probes.get(name), call
+
+    def _remember(self, use: Use) -> None:
+        key = self._calls[use.weight or use.bias].key
+        if self._uses.get(key) != use:
+            self._uses[key] = use
+
+    # Functions whose kernels measure. Each returns None where it is used in another way.
+
+    def measure_function(
+        self,
+        values: SharedValues,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """See `Owner`."""
+        if function is F.linear:
+            return self._linear(values, *args, **kwargs)
+        if function in _PRODUCTS and len(args) == 2:
+            return self._linear(values, *args, transposed=True)
+        if function is F.layer_norm:
+            return self._layer_norm(values, *args, **kwargs)
+        if function in _RMS_NORMS:
+            return self._rms_norm(values, *args, **kwargs)
+        return None
+
+    def _linear(
+        self,
+        values: SharedValues,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        transposed: bool = False,
+    ) -> Tensor | None:
+        matrix, shift = matrix_of(values.source(weight)), matrix_of(values.source(bias))
+        if matrix is None and values.source(weight) is None:  # frozen, or of another module
+            y = torch.matmul(input, weight) if transposed else F.linear(input, weight)
+            return y if bias is None else values.apply(torch.add, y, bias)
+        if matrix is None or weight.dim() != 2 or input.dim() < 2 or values.source(input):
+            return None
+        own, turned = matrix
+        if not own.take():
+            return None
+        if bias is not None and not (shift is not None and shift[0].take()):
+            y = self._linear_of(values, input, weight, None, own, None, turned, transposed)
+            return values.apply(torch.add, y, bias)
+        by = None if shift is None else shift[0]
+        return self._linear_of(values, input, weight, bias, own, by, turned, transposed)
+
+    def _linear_of(
+        self,
+        values: SharedValues,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        own: Own,
+        shift: Own | None,
+        turned: bool,
+        transposed: bool,
+    ) -> Tensor:
+        """x Wᵀ + bias, or x W + bias, of parameters that may be held transposed."""
+        turned = turned != transposed
+        of, name = self._coordinate_probes, "" if shift is None else shift.name
+        self._remember(Use("linear", own.name, name, turned))
+        probe, weight_probe, call = self._start(values, own.name, input)
+        weight = weight.t() if transposed else weight
+        if weight_probe is not None and turned:
+            weight_probe = weight_probe.t()
+        return functional.linear(input, weight, bias, probe, weight_probe, of.get(name), call)
+
+    def _layer_norm(
+        self,
+        values: SharedValues,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Any:
+        own = self._scale_and_shift(values, input, normalized_shape, weight, bias)
+        if own is None:  # as of 1 + weight
+            y = F.layer_norm(input, normalized_shape, None, None, eps)
+            y = y if weight is None else values.apply(torch.mul, y, weight)
+            return y if bias is None else values.apply(torch.add, y, bias)
+        probe, weight_probe, call = self._start(values, own[0], input)
+        bias_probe = self._coordinate_probes.get(own[1])
+        return functional.layer_norm(
+            input, normalized_shape, cast(Tensor, weight), bias, eps,
+            probe, weight_probe, bias_probe, call,
+        )  # fmt: skip
+
+    def _rms_norm(
+        self,
+        values: SharedValues,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor,
+        eps: float | None = None,
+    ) -> Any:
+        own = self._scale_and_shift(values, input, normalized_shape, weight, None)
+        if own is None:
+            y = F.rms_norm(input, normalized_shape, None, eps)
+            return values.apply(torch.mul, y, weight)
+        probe, weight_probe, call = self._start(values, own[0], input)
+        return functional.rms_norm(input, normalized_shape, weight, eps, probe, weight_probe, call)
+
+    def _scale_and_shift(
+        self,
+        values: SharedValues,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[str, str] | None:
+        """The names of two parameters that a normalisation's kernel can measure, or None."""
+        if values.source(input) is not None or input.dim() <= len(normalized_shape):
+            raise UnmeasuredUse("it normalises what all samples share")
+        scale, shift = values.source(weight), values.source(bias)
+        if not isinstance(scale, Own) or not (bias is None or isinstance(shift, Own)):
+            return None
+        if not scale.take() or (isinstance(shift, Own) and not shift.take()):
+            return None
+        names = scale.name, shift.name if isinstance(shift, Own) else ""
+        self._remember(Use("normalisation", *names))
+        return names
+
+    def measure_embedding(
+        self,
+        values: SharedValues,
+        function: Callable[..., Any],
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Tensor | None:
+        """See `Owner`."""
+        own = values.source(weight)
+        if max_norm is not None or scale_grad_by_freq or sparse or not isinstance(own, Own):
+            return None
+        if not own.take():
+            return None
+        padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+        self._remember(Use("embedding", own.name, padding=padding))
+
+        def measure(tokens: Tensor) -> Tensor:
+            probe, weight_probe, call = self._start(values, own.name, tokens)
+            return functional.embedding(tokens, weight, padding_idx, probe, weight_probe, call)
+
+        return measure_tokens(self, input, lambda: function(input, weight, padding_idx), measure)
+
+    # After the backward pass.
+
+    def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
+        """See `ObservedLayer`."""
+        use = self._uses[call.key]
+        if use.weight == name and use.kind in ("linear", "embedding") and not use.transposed:
+            return use.kind, use.padding
+        return "", -1
+
+    def respond(
+        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
+    ) -> Tensor:
+        """See `ObservedLayer`."""
+        use = self._uses[call.key]
+        weight, bias = params.get(use.weight), params.get(use.bias)
+        if use.kind == "linear":
+            weight = weight.t() if weight is not None and use.transposed else weight
+            return linear_response(operands[0], weight, bias)
+        if use.kind == "embedding":
+            return embedding_response(operands[0], params[use.weight], use.padding)
+        return affine_response(operands, weight, bias)
+
+    def contract(
+        self, call: functional.Call, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]
+    ) -> Tensor:
+        """See `ObservedLayer`."""
+        use = self._uses[call.key]
+        used = {name: p for name, p in params.items() if name in (use.weight, use.bias)}
+        dtype = next(iter(params.values())).dtype
+        if not used:
+            return saved[-1].new_zeros(saved[-1].shape[0], dtype=dtype)
+        if use.kind != "expand":
+            return super().contract(call, saved, used)
+        grads = saved[-1].reshape(saved[-1].shape[0], -1)
+        return grads.to(dtype) @ used[use.weight].reshape(-1)
+
+    def sample_grads(
+        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
+    ) -> dict[str, Tensor]:
+        """See `ObservedLayer`."""
+        use, (grad, own) = self._uses[call.key], (saved[-1], self.trainable())
+        found = {n: grad.new_zeros(grad.shape[0], *own[n].shape) for n in names}
+        used = [n for n in names if n in (use.weight, use.bias)]
+        if use.kind == "expand":
+            return found | dict.fromkeys(used, grad)
+        return found | (super().sample_grads(call, saved, used) if used else {})
