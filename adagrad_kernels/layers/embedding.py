@@ -117,7 +117,7 @@ def _are_positions(layer: ObservedLayer, indices: Tensor, samples: int | None) -
     before: a batch may grow to as many samples as there are positions.
     """
     if not indices.dim() or (samples is not None and indices.shape[0] != samples):
-        if layer.takes_positions is False:
+        if not torch.compiler.is_compiling() and layer.takes_positions is False:
             raise ValueError(
                 f"layer {layer.observed_name!r}: {indices.shape[0]} indices for {samples} samples, "
                 "but before it took one for each: give positions.expand(samples, -1), or "

@@ -39,11 +39,19 @@ class Use(NamedTuple):
     padding: int = -1
 
 
+class Uses:
+    """The last use of each parameter, as an attribute of its name.
+
+    A compiled forward pass sets attributes without looking at them; of a dictionary it would have a
+    guard, and so another graph for the second call.
+    """
+
+
 class MeasuredFunctions(ObservedLayer):
     """What `ObservedModule` knows of functions: how to measure them, and their outputs again."""
 
     _calls: dict[str, functional.Call]
-    _uses: dict[int, Use]
+    _uses: Uses
 
     def _start(self, values: SharedValues, name: str, x: Tensor) -> tuple[Any, ...]:
         """(probe, coordinate probe, call) of a use of this parameter, with x [b, …]."""
@@ -53,9 +61,7 @@ class MeasuredFunctions(ObservedLayer):
         return probe, self._coordinate_probes.get(name), call
 
     def _remember(self, use: Use) -> None:
-        key = self._calls[use.weight or use.bias].key
-        if self._uses.get(key) != use:
-            self._uses[key] = use
+        setattr(self._uses, use.weight, use)
 
     # Functions whose kernels measure. Each returns None where it is used in another way.
 
@@ -206,9 +212,13 @@ class MeasuredFunctions(ObservedLayer):
 
     # After the backward pass.
 
+    def _use_of(self, call: functional.Call) -> Use:
+        (name,) = (name for name, own in self._calls.items() if own.key == call.key)
+        return getattr(self._uses, name)
+
     def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
         """See `ObservedLayer`."""
-        use = self._uses[call.key]
+        use = self._use_of(call)
         if use.weight == name and use.kind in ("linear", "embedding") and not use.transposed:
             return use.kind, use.padding
         return "", -1
@@ -217,7 +227,7 @@ class MeasuredFunctions(ObservedLayer):
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
     ) -> Tensor:
         """See `ObservedLayer`."""
-        use = self._uses[call.key]
+        use = self._use_of(call)
         weight, bias = params.get(use.weight), params.get(use.bias)
         if use.kind == "linear":
             weight = weight.t() if weight is not None and use.transposed else weight
@@ -230,7 +240,7 @@ class MeasuredFunctions(ObservedLayer):
         self, call: functional.Call, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]
     ) -> Tensor:
         """See `ObservedLayer`."""
-        use = self._uses[call.key]
+        use = self._use_of(call)
         used = {name: p for name, p in params.items() if name in (use.weight, use.bias)}
         dtype = next(iter(params.values())).dtype
         if not used:
@@ -244,7 +254,7 @@ class MeasuredFunctions(ObservedLayer):
         self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
     ) -> dict[str, Tensor]:
         """See `ObservedLayer`."""
-        use, (grad, own) = self._uses[call.key], (saved[-1], self.trainable())
+        use, (grad, own) = self._use_of(call), (saved[-1], self.trainable())
         found = {n: grad.new_zeros(grad.shape[0], *own[n].shape) for n in names}
         used = [n for n in names if n in (use.weight, use.bias)]
         if use.kind == "expand":

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from .. import functional
 from ..faults import layer_name
 from .base import OWN_ATTRIBUTES, ObservedLayer, UnsupportedLayerError
-from .measured_functions import MeasuredFunctions, Use
+from .measured_functions import MeasuredFunctions, Use, Uses
 from .shared_sources import Own, UnmeasuredUse
 from .shared_values import SharedValues
 
@@ -36,7 +36,7 @@ class ObservedModule(MeasuredFunctions, nn.Module):
         self.observed_parameters = tuple(self._homes)
         super().attach(observer, name)
         self._calls = {key: functional.Call(functional.listen(self)) for key in self._homes}
-        self._uses: dict[int, Use] = {}
+        self._uses = Uses()
         self._settled = False
         self._unused: set[str] = set()
 
