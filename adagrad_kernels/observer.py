@@ -150,14 +150,10 @@ class Observer(Recorder):
         for other in self._layers:
             other.notifies_from_graphs = self.inner_products or other in self._tied
 
-    def uncalled(self, layer: ObservedLayer) -> list[str]:
+    def uncalled(self, layer: ObservedLayer) -> list[ObservedLayer]:
         """The observed layers in a module that were not called in this forward pass."""
         inside = set(cast(nn.Module, layer).modules()) - {layer}
-        return [
-            other.observed_name
-            for other in self._layers
-            if other in inside and other.trainable() and not self.called(other)
-        ]
+        return [other for other in self._layers if other in inside and not self.called(other)]
 
     def coverage(self) -> Coverage:
         """How each parameter is measured, and what that is estimated to cost.

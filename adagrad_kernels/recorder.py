@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
@@ -163,14 +162,13 @@ class Recorder:
         """Whether a layer has been called since the last backward pass (eager mode)."""
         return not self._forward_calls.keys().isdisjoint(layer.call_keys())
 
-    @contextlib.contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """What is called meanwhile does not count as a forward pass."""
-        before = self._forward_calls.copy(), self._pending.copy()
-        try:
-            yield
-        finally:
-            self._forward_calls, self._pending = before
+    def counted_calls(self) -> tuple[Counter[int], Counter[int]]:
+        """The calls of forward passes that were counted so far, for `restore_calls`."""
+        return self._forward_calls.copy(), self._pending.copy()
+
+    def restore_calls(self, counted: tuple[Counter[int], Counter[int]]) -> None:
+        """Forgets those since then."""
+        self._forward_calls, self._pending = (calls.copy() for calls in counted)
 
     def on_backward(self, layer: ObservedLayer, call: Call, saved: tuple[Tensor, ...]) -> None:
         """Notified of each layer call's backward pass; by compiled graphs only if asked to."""

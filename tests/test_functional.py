@@ -181,6 +181,20 @@ def test_a_probe_too_small(name: str) -> None:
         ours(x, leaf(weight), bias, probe[0], None, None)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name not in ("gru", "lstm, projection")]
+)
+def test_outputs_may_be_written_to(name: str) -> None:
+    """`x = layer(x); x += residual` is everyday code."""
+    ours, torchs, x, weight, bias = CASES[name]
+    w_1, w_2, probe = leaf(weight), leaf(weight), leaf(torch.zeros(2, 3).double())
+    out_1, out_2 = ours(x, w_1, bias, probe, None, None), torchs(x, w_2, bias)
+    out_1 += 1
+    out_1.square().sum().backward()
+    (out_2 + 1).square().sum().backward()
+    torch.testing.assert_close(w_1.grad, w_2.grad, rtol=1e-10, atol=1e-12)
+
+
 def test_the_gradient_of_a_probe_is_summed_over_calls() -> None:
     x, w, probe = randn(3, 4), leaf(randn(4, 4)), leaf(torch.zeros(2, 3).double())
     af.linear(af.linear(x, w, None, probe), w, None, probe).sum().backward()

@@ -106,8 +106,8 @@ def test_what_cannot_be_measured_says_why(whole: bool) -> None:
     [
         (lambda m, x: x * m.p0, (3,), "leave to the samples"),  # would scale each sample by another
         (lambda m, x: x.mT * m.p0.unsqueeze(1), (4,), "does not count the 3 samples"),
-        (lambda m, x: x * m.p0.add_(1.0), (4,), "writes to it|in-place"),
-        (lambda m, x: m.p0 * 2, (3, 4), "without having met the samples"),
+        (lambda m, x: x * m.p0.add_(1.0), (4,), "writes"),
+        (lambda m, x: m.p0 * 2, (3, 4), "is returned before it has met the samples"),
         (lambda m, x: x @ m.p0 + m.p0.sum(), (4, 4), "in two ways"),
     ],
     ids=["by-sample", "transposed", "in-place", "returned", "twice"],

@@ -40,7 +40,7 @@ class Language(nn.Module):
         return {"logits": None} if len(tokens) == 7 else (self.head(self.embedding(tokens)), None)
 
 def bag():
-    return nn.Sequential(nn.EmbeddingBag(11, 4), nn.Linear(4, 4))
+    return nn.Sequential(nn.EmbeddingBag(11, 4, scale_grad_by_freq=True), nn.Linear(4, 4))
 
 def summed():
     class Sum(nn.Linear):

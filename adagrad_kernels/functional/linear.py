@@ -28,7 +28,10 @@ class _Linear(torch.autograd.Function):
         weight, bias = autocast(weight, bias)
         ctx.save_for_backward(x, weight, probe)
         ctx.call, ctx.update = call, update
-        return product(x, weight, bias)
+        y = product(x, weight, bias)
+        if x.dim() == 2:
+            return y
+        return torch.ops.aten._unsafe_view.default(y, y.shape)  # of a view, `y += …` is refused
 
     @staticmethod
     def backward(ctx, grad_out):

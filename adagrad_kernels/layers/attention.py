@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .base import ObservedLayer
+from .base import ObservedLayer, unwatched
 from .linear import linear_response
 
 _PROJECTIONS = ("q", "k", "v")
@@ -43,6 +43,7 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
         counts = {"qkv": True, "q": True, "k": False, "v": False}
         self._calls = {n: functional.Call(functional.listen(self), c) for n, c in counts.items()}
 
+    @unwatched
     def forward(
         self,
         query: Tensor,

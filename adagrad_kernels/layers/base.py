@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -76,12 +76,16 @@ class CallRecorder(Protocol):
         """Has a module measured by vmap from now on, with everything in it."""
         ...
 
-    def uncalled(self, layer: ObservedLayer) -> list[str]:
+    def uncalled(self, layer: ObservedLayer) -> list[ObservedLayer]:
         """The observed layers in a module that were not called in this forward pass."""
         ...
 
-    def rehearsal(self) -> AbstractContextManager[None]:
-        """What is called meanwhile does not count as a forward pass."""
+    def counted_calls(self) -> Any:
+        """The calls of forward passes that were counted so far, for `restore_calls`."""
+        ...
+
+    def restore_calls(self, counted: Any) -> None:
+        """Forgets those since then."""
         ...
 
     def probe_for(self, x: Tensor) -> Tensor:
@@ -107,6 +111,19 @@ class CallRecorder(Protocol):
         ...
 
 
+def unwatched(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the forward pass of a layer, whose own functions need no watch (eager mode)."""
+
+    @functools.wraps(forward)
+    def run(self: ObservedLayer, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or self._observer.shared_values is None:
+            return forward(self, *args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return forward(self, *args, **kwargs)
+
+    return run
+
+
 class Seen(NamedTuple):
     """The input of a call: what its cost is estimated from, see `coverage`."""
 
@@ -129,6 +146,7 @@ class ObservedLayer:
             of their operands.
         takes_positions: of an embedding, whether its indices are shared by all samples, once that
             is known.
+        repeated: (samples, size) to which values computed of its parameters were repeated.
         seen: the last input of each of its calls (eager mode), by the call's key.
     """
 
@@ -139,6 +157,7 @@ class ObservedLayer:
     notifies_from_graphs: bool
     seen: dict[int, Seen]
     takes_positions: bool | None = None
+    repeated: dict[Any, set[tuple[int | None, int]]]
     _parameters: dict[str, nn.Parameter | None]  # of the module
 
     @classmethod
@@ -167,6 +186,7 @@ class ObservedLayer:
         self._coordinate_probes: dict[str, Tensor] = {}
         self.seen = {}
         self.takes_positions = None
+        self.repeated = {}
         self.notifies_from_graphs = False
         self.observed_name = name
 
@@ -217,6 +237,9 @@ class ObservedLayer:
 
     def probe_and_call(self, x: Tensor, call: functional.Call) -> tuple[Tensor, functional.Call]:
         """The probe for a call with input x, and the call, with key 0 if nobody is notified."""
+        values = self._observer.shared_values
+        if values is not None:
+            values.check_met([x], f"layer {self.observed_name!r} takes it")
         if torch.compiler.is_compiling():  # a key is a constant in the graph
             return self._observer.probe, call if self.notifies_from_graphs else call._replace(key=0)
         self._observer.on_forward(call)
@@ -325,8 +348,10 @@ OWN_ATTRIBUTES = (
     "_inside",
     "_settled",
     "_single",
-    "_unused",
+    "_constants",
+    "unused",
     "takes_positions",
+    "repeated",
     "_uses",
     "observed_name",
     "observed_parameters",

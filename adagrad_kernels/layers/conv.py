@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .. import functional
-from .base import ObservedLayer
+from .base import ObservedLayer, unwatched
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
@@ -23,6 +23,7 @@ def _over_channels(bias: Tensor, like: Tensor) -> Tensor:
 class _ObservedConv(ObservedLayer, _ConvNd):
     observed_method = "direct, Gram (few positions)"
 
+    @unwatched
     def forward(self, input: Tensor) -> Tensor:
         """The cross-correlation of `torch.nn.Conv1d`, `Conv2d`, `Conv3d`."""
         if not self.measures():
@@ -75,6 +76,7 @@ class ObservedConv3d(_ObservedConv, nn.Conv3d):
 class _ObservedConvTranspose(ObservedLayer, _ConvTransposeNd):
     observed_method = "direct, Gram (few positions); operands exchanged"
 
+    @unwatched
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution of `torch.nn.ConvTranspose1d`, `2d`, `3d`."""
         if not self.measures():

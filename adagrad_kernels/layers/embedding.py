@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .base import ObservedLayer
+from .base import ObservedLayer, unwatched
 from .shared_sources import Once
+from .shared_values import SharedValues
 
 
 class ObservedEmbedding(ObservedLayer, nn.Embedding):
@@ -35,6 +36,7 @@ class ObservedEmbedding(ObservedLayer, nn.Embedding):
             )
         return ""
 
+    @unwatched
     def forward(self, input: Tensor) -> Tensor:
         """The rows of the weight that the indices name."""
         if not self.measures():
@@ -94,30 +96,36 @@ def measure_tokens(
         measure: that of tokens [b, T, …], measured.
     """
     values = layer.shared_values
-    samples = None if values is None else values.samples
-    if _are_positions(layer, indices, samples):
+    if _are_positions(layer, indices, values):
         if values is None:
             raise ValueError(
-                f"layer {layer.observed_name!r}: indices of shape {list(indices.shape)} look like "
-                "positions that all samples share, and no module of the model takes both samples "
-                "and positions. Give positions.expand(samples, -1); of one token for each sample, "
-                "indices.unsqueeze(1)"
+                f"layer {layer.observed_name!r}: {_AMBIGUOUS.format(shape=list(indices.shape))}"
             )
         shape = indices.shape
-        rows = Once(lambda samples: measure(indices.unsqueeze(0).expand(samples, *shape)))
-        values.begin()
+        rows = Once(lambda samples: measure(indices.unsqueeze(0).expand(samples, *shape)), layer)
         return values.add(plain(), rows)
     return measure(indices.unsqueeze(1)).squeeze(1) if indices.dim() == 1 else measure(indices)
 
 
-def _are_positions(layer: ObservedLayer, indices: Tensor, samples: int | None) -> bool:
-    """Whether the indices are shared by all samples, as dimension 0 tells, or once has told.
+_AMBIGUOUS = (
+    "indices of shape {shape} may be positions that all samples share, or a token for each sample. "
+    "Positions: give positions.expand(samples, -1); tokens: indices.unsqueeze(1)"
+)
 
-    One dimension of b indices may be either. Then their order decides, and whatever they were
-    before: a batch may grow to as many samples as there are positions.
+
+def _are_positions(layer: ObservedLayer, indices: Tensor, values: SharedValues | None) -> bool:
+    """Whether the indices are shared by all samples.
+
+    They are if dimension 0 does not count the samples. If it could, those that were computed of
+    constants (`torch.arange`) are, unless they have equal rows, one for each sample. One dimension
+    of b given indices may be either: then what they were before decides, with another b; the first
+    time 0, 1, 2, … are refused.
     """
+    samples = None if values is None else values.samples
+    constant = values is not None and values.is_constant(indices)
+    compiling = torch.compiler.is_compiling()
     if not indices.dim() or (samples is not None and indices.shape[0] != samples):
-        if not torch.compiler.is_compiling() and layer.takes_positions is False:
+        if not compiling and not constant and layer.takes_positions is False:
             raise ValueError(
                 f"layer {layer.observed_name!r}: {indices.shape[0]} indices for {samples} samples, "
                 "but before it took one for each: give positions.expand(samples, -1), or "
@@ -125,15 +133,17 @@ def _are_positions(layer: ObservedLayer, indices: Tensor, samples: int | None) -
             )
         layer.takes_positions = True
         return True
-    if layer.takes_positions is not None:
-        return layer.takes_positions
-    if indices.dim() > 1 or len(indices) == 1:
+    if len(indices) == 1 or (indices.dim() > 1 and not constant):
         return False
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            f"layer {layer.observed_name!r}: {len(indices)} indices may be positions, or a token "
-            "for each sample. Run one forward pass before compiling, or give "
-            "positions.expand(samples, -1) or indices.unsqueeze(1)"
-        )
-    layer.takes_positions = bool((indices.diff() == 1).all())
+    if layer.takes_positions is None:
+        if constant and indices.dim() == 1:
+            return True
+        if compiling and constant and indices.shape[0] != indices.shape[1]:
+            return False
+        if compiling or (indices.dim() == 1 and bool((indices.diff() == 1).all())):
+            raise ValueError(
+                f"layer {layer.observed_name!r}: {_AMBIGUOUS.format(shape=list(indices.shape))}"
+                + ("; or run one forward pass before compiling" if compiling else "")
+            )
+        layer.takes_positions = constant and bool((indices != indices[:1]).any())
     return layer.takes_positions

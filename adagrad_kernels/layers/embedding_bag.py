@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .base import ObservedLayer
+from .base import ObservedLayer, unwatched
 from .embedding import embedding_response
 
 
@@ -34,6 +34,7 @@ class ObservedEmbeddingBag(ObservedLayer, nn.EmbeddingBag):
             )
         return ""
 
+    @unwatched
     def forward(
         self,
         input: Tensor,

@@ -39,6 +39,8 @@ class ObservedFallback(ObservedLayer, nn.Module):
         if not self.measures():
             return self.plain_class.forward(self, *args, **kwargs)
         self._check(args, kwargs)
+        if self.shared_values is not None:
+            self.shared_values.check_met(list(args), f"layer {self.observed_name!r} takes it")
         probe, call = self.probe_and_call(args[0], self._call)
         check_probe(args[0].shape[0], probe, self.observed_name)
         params = self.trainable()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..functional._product import product
-from .base import ObservedLayer
+from .base import ObservedLayer, unwatched
 
 
 class ObservedLinear(ObservedLayer, nn.Linear):
@@ -19,6 +19,7 @@ class ObservedLinear(ObservedLayer, nn.Linear):
 
     observed_method = "outer product (one position a sample), Gram (few), direct (more)"
 
+    @unwatched
     def forward(self, input: Tensor) -> Tensor:
         """y = x Wᵀ + bias."""
         if not self.measures():
@@ -58,6 +59,7 @@ class ObservedConv1D(ObservedLayer, nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter
 
+    @unwatched
     def forward(self, x: Tensor) -> Tensor:
         """y = x W + bias."""
         if not self.measures():

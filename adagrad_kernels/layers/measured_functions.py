@@ -14,7 +14,7 @@ from .base import ObservedLayer
 from .embedding import embedding_response, measure_tokens
 from .linear import linear_response
 from .normalisation import affine_response
-from .shared_sources import Own, UnmeasuredUse, matrix_of
+from .shared_sources import Own, matrix_of
 from .shared_values import SharedValues
 
 _RMS_NORMS = {F.rms_norm, torch.rms_norm}
@@ -40,7 +40,7 @@ class Use(NamedTuple):
 
 
 class Uses:
-    """The last use of each parameter, as an attribute of its name.
+    """The last use of each parameter, as an attribute of its number.
 
     A compiled forward pass sets attributes without looking at them; of a dictionary it would have a
     guard, and so another graph for the second call.
@@ -53,15 +53,15 @@ class MeasuredFunctions(ObservedLayer):
     _calls: dict[str, functional.Call]
     _uses: Uses
 
-    def _start(self, values: SharedValues, name: str, x: Tensor) -> tuple[Any, ...]:
+    def _start(self, own: Own, x: Tensor) -> tuple[Any, ...]:
         """(probe, coordinate probe, call) of a use of this parameter, with x [b, …]."""
-        probe, call = self.probe_and_call(x, self._calls[name])
-        call = call._replace(counts=not values.counted)
-        values.counted = True
-        return probe, self._coordinate_probes.get(name), call
+        probe, call = self.probe_and_call(x, self._calls[own.name])
+        call = call._replace(counts=not own.call.counted)
+        own.call.counted = True
+        return probe, self._coordinate_probes.get(own.name), call
 
     def _remember(self, use: Use) -> None:
-        setattr(self._uses, use.weight, use)
+        setattr(self._uses, f"use{self.observed_parameters.index(use.weight)}", use)
 
     # Functions whose kernels measure. Each returns None where it is used in another way.
 
@@ -72,7 +72,7 @@ class MeasuredFunctions(ObservedLayer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """See `Owner`."""
+        """The result of a function of samples and own parameters, measured; None for others."""
         if function is F.linear:
             return self._linear(values, *args, **kwargs)
         if function in _PRODUCTS and len(args) == 2:
@@ -91,24 +91,30 @@ class MeasuredFunctions(ObservedLayer):
         bias: Tensor | None = None,
         transposed: bool = False,
     ) -> Tensor | None:
-        matrix, shift = matrix_of(values.source(weight)), matrix_of(values.source(bias))
-        if matrix is None and values.source(weight) is None:  # frozen, or of another module
+        if values.source(input) is not None or input.dim() < 2:
+            return None
+        if values.source(weight) is None:
+            if weight.requires_grad:  # of a layer that is not called
+                return None
             y = torch.matmul(input, weight) if transposed else F.linear(input, weight)
             return y if bias is None else values.apply(torch.add, y, bias)
-        if matrix is None or weight.dim() != 2 or input.dim() < 2 or values.source(input):
+        matrix = self._own_matrix(values, weight)
+        if matrix is None or weight.dim() != 2 or not matrix[0].take():
             return None
         own, turned = matrix
-        if not own.take():
-            return None
-        if bias is not None and not (shift is not None and shift[0].take()):
-            y = self._linear_of(values, input, weight, None, own, None, turned, transposed)
+        shift = None if bias is None else self._own_matrix(values, bias)
+        if bias is not None and (shift is None or not shift[0].take()):
+            y = self._linear_of(input, weight, None, own, None, turned, transposed)
             return values.apply(torch.add, y, bias)
         by = None if shift is None else shift[0]
-        return self._linear_of(values, input, weight, bias, own, by, turned, transposed)
+        return self._linear_of(input, weight, bias, own, by, turned, transposed)
+
+    def _own_matrix(self, values: SharedValues, value: Tensor) -> tuple[Own, bool] | None:
+        found = matrix_of(values.source(value))
+        return found if found is not None and found[0].owner is self else None
 
     def _linear_of(
         self,
-        values: SharedValues,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -121,7 +127,7 @@ class MeasuredFunctions(ObservedLayer):
         turned = turned != transposed
         of, name = self._coordinate_probes, "" if shift is None else shift.name
         self._remember(Use("linear", own.name, name, turned))
-        probe, weight_probe, call = self._start(values, own.name, input)
+        probe, weight_probe, call = self._start(own, input)
         weight = weight.t() if transposed else weight
         if weight_probe is not None and turned:
             weight_probe = weight_probe.t()
@@ -141,7 +147,7 @@ class MeasuredFunctions(ObservedLayer):
             y = F.layer_norm(input, normalized_shape, None, None, eps)
             y = y if weight is None else values.apply(torch.mul, y, weight)
             return y if bias is None else values.apply(torch.add, y, bias)
-        probe, weight_probe, call = self._start(values, own[0], input)
+        probe, weight_probe, call = self._start(own[0], input)
         bias_probe = self._coordinate_probes.get(own[1])
         return functional.layer_norm(
             input, normalized_shape, cast(Tensor, weight), bias, eps,
@@ -160,7 +166,7 @@ class MeasuredFunctions(ObservedLayer):
         if own is None:
             y = F.rms_norm(input, normalized_shape, None, eps)
             return values.apply(torch.mul, y, weight)
-        probe, weight_probe, call = self._start(values, own[0], input)
+        probe, weight_probe, call = self._start(own[0], input)
         return functional.rms_norm(input, normalized_shape, weight, eps, probe, weight_probe, call)
 
     def _scale_and_shift(
@@ -170,18 +176,21 @@ class MeasuredFunctions(ObservedLayer):
         normalized_shape: Any,
         weight: Tensor | None,
         bias: Tensor | None,
-    ) -> tuple[str, str] | None:
-        """The names of two parameters that a normalisation's kernel can measure, or None."""
-        if values.source(input) is not None or input.dim() <= len(normalized_shape):
-            raise UnmeasuredUse("it normalises what all samples share")
+    ) -> tuple[Own, str] | None:
+        """Own scale, and name of the shift, that a normalisation's kernel can measure, or None."""
+        values.check_met([input], "it is normalised")
         scale, shift = values.source(weight), values.source(bias)
+        if input.dim() <= len(normalized_shape):
+            return None
         if not isinstance(scale, Own) or not (bias is None or isinstance(shift, Own)):
+            return None
+        if scale.owner is not self or (isinstance(shift, Own) and shift.owner is not self):
             return None
         if not scale.take() or (isinstance(shift, Own) and not shift.take()):
             return None
-        names = scale.name, shift.name if isinstance(shift, Own) else ""
-        self._remember(Use("normalisation", *names))
-        return names
+        name = shift.name if isinstance(shift, Own) else ""
+        self._remember(Use("normalisation", scale.name, name))
+        return scale, name
 
     def measure_embedding(
         self,
@@ -195,7 +204,7 @@ class MeasuredFunctions(ObservedLayer):
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
     ) -> Tensor | None:
-        """See `Owner`."""
+        """The result of an embedding with an own parameter, measured, or None."""
         own = values.source(weight)
         if max_norm is not None or scale_grad_by_freq or sparse or not isinstance(own, Own):
             return None
@@ -205,7 +214,7 @@ class MeasuredFunctions(ObservedLayer):
         self._remember(Use("embedding", own.name, padding=padding))
 
         def measure(tokens: Tensor) -> Tensor:
-            probe, weight_probe, call = self._start(values, own.name, tokens)
+            probe, weight_probe, call = self._start(own, tokens)
             return functional.embedding(tokens, weight, padding_idx, probe, weight_probe, call)
 
         return measure_tokens(self, input, lambda: function(input, weight, padding_idx), measure)
@@ -213,8 +222,8 @@ class MeasuredFunctions(ObservedLayer):
     # After the backward pass.
 
     def _use_of(self, call: functional.Call) -> Use:
-        (name,) = (name for name, own in self._calls.items() if own.key == call.key)
-        return getattr(self._uses, name)
+        (k,) = (k for k, own in enumerate(self._calls.values()) if own.key == call.key)
+        return getattr(self._uses, f"use{k}")
 
     def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
         """See `ObservedLayer`."""

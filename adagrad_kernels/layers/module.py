@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from .. import functional
 from ..faults import layer_name
+from .attempt import Attempt, in_checkpoint
 from .base import OWN_ATTRIBUTES, ObservedLayer, UnsupportedLayerError
 from .measured_functions import MeasuredFunctions, Use, Uses
-from .shared_sources import Own, UnmeasuredUse
+from .shared_sources import ModuleCall, Own, UnmeasuredUse
 from .shared_values import SharedValues
 
 _LISTS = (nn.ParameterList, nn.ParameterDict)
@@ -38,7 +39,13 @@ class ObservedModule(MeasuredFunctions, nn.Module):
         self._calls = {key: functional.Call(functional.listen(self)) for key in self._homes}
         self._uses = Uses()
         self._settled = False
-        self._unused: set[str] = set()
+        self.unused: dict[str, bool] = {}
+        self._constants = [
+            (module, key)
+            for module in self.modules()
+            if not type(module).__module__.startswith("torch.nn.")
+            for key in module._buffers
+        ]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """See `ObservedLayer`; those in a ParameterList or ParameterDict are named "list.0"."""
@@ -53,100 +60,130 @@ class ObservedModule(MeasuredFunctions, nn.Module):
         """The plain module's forward pass, measured."""
         if not torch.is_grad_enabled():
             return self.plain_class.forward(self, *args, **kwargs)
-        own = self.trainable()
+        outer, own = self._observer.shared_values, self.trainable()
+        if outer is not None and not own:
+            return self.plain_class.forward(self, *args, **kwargs)
+        attempt = None
+        if own and not self._settled and self._observer.may_fall_back:
+            attempt = Attempt(self, self._observer, args, kwargs)
         try:
-            if own and not self._settled and _in_checkpoint() and self._observer.may_fall_back:
-                self._rehearse(own, args, kwargs)
-            return self._watched(own, args, kwargs)
+            if attempt is not None and in_checkpoint():
+                with attempt.rehearsal():
+                    self._watched(outer, own, args, kwargs)
+            return self._watched(outer, own, args, kwargs)
         except UnmeasuredUse as error:
-            use = error.args[0]
-        if own and self._observer.may_fall_back:
+            how, owner = error.args
+            falls = own and self._observer.may_fall_back and self._contains(owner)
+            if outer is not None and not falls:
+                raise
+        if falls:
+            if attempt is not None:
+                attempt.undo()
+            if outer is not None:
+                outer.forget(set(self.modules()))
             self._observer.fall_back(self)
             return self.forward(*args, **kwargs)  # of another class now
+        kind = owner.plain_class.__name__
         raise UnsupportedLayerError(
-            f"layer {layer_name(self.observed_name)} ({self.plain_class.__name__}): what a sample "
-            f"adds to the gradient of its parameters ({', '.join(own) or 'of positions'}) cannot "
-            f'be measured: {use}. Observe with fallback="vmap"; freeze them; or move what is '
-            "computed with them into a supported layer"
+            f"layer {layer_name(owner.observed_name)} ({kind}): what a sample adds to the gradient "
+            f"of its parameters ({', '.join(owner.observed_parameters)}) "
+            f'cannot be measured: {how}. Observe with fallback="vmap"; freeze them; or move what '
+            "is computed with them into a supported layer"
         )
 
+    def _contains(self, owner: object) -> bool:
+        return isinstance(owner, ObservedModule) and any(owner is m for m in self.modules())
+
     def _watched(
-        self, own: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        outer: SharedValues | None,
+        own: Mapping[str, nn.Parameter],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        """The forward pass, with the module's own parameters.
+        """The forward pass, in the watch of the module around this one, or in one that it begins.
 
         Raises:
             UnmeasuredUse: what cannot be measured.
         """
-        plain, outer = self.plain_class.forward, self._observer.shared_values
-        samples = None if outer is None else outer.samples
-        samples = _samples(args, kwargs) if samples is None else samples
-        values = SharedValues(self, samples, list(self._buffers.values()))
-        self.coordinate_probes()
-        sources = [Own(functools.partial(self._expanded, values, name), name) for name in own]
-        for p, source in zip(own.values(), sources, strict=True):
-            values.add(p, source)
+        if outer is not None:
+            return self._run(outer, own, args, kwargs)
+        buffers = [module._buffers[key] for module, key in self._constants]
+        values = SharedValues(_samples(args, kwargs), (b for b in buffers if b is not None))
         self._observer.shared_values = values
         try:
-            if torch.compiler.is_compiling():
-                with values:
-                    found = plain(self, *args, **kwargs)
-            else:
-                if own:  # otherwise when there is a value to watch
-                    values.begin()
-                found = plain(self, *args, **kwargs)
-                values.end()
-            values.hand_over(tree_leaves(found), outer)
+            with values:
+                found = self._run(values, own, args, kwargs)
+            values.check_met(tree_leaves(found), "it is returned")
+            _check_seen(values.own)
         finally:
-            self._observer.shared_values = outer
+            self._observer.shared_values = None
             values.clear()
-        self._settle({source.name for source in sources if not source.used})
         return found
 
-    def _settle(self, unused: set[str]) -> None:
-        """That nothing went unseen: parameters when compiling, and layers in the first pass.
+    def _run(
+        self,
+        values: SharedValues,
+        own: Mapping[str, nn.Parameter],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The plain forward pass, with the module's own parameters among the shared values."""
+        self.coordinate_probes()
+        call = ModuleCall()
+        sources = [Own(name, self, call) for name in own]
+        for p, source in zip(own.values(), sources, strict=True):
+            values.add(p, source)
+        values.own = values.own + sources
+        if own and not self._settled and self._observer.may_fall_back:
+            values.note_taken()
+        found = self.plain_class.forward(self, *args, **kwargs)
+        values.drop(sources, but=tree_leaves(found))
+        if own and not torch.compiler.is_compiling():
+            self._settle(values)
+        return found
 
-        The compiler hides attributes (`weight.T`) from what watches; eager forward passes show
-        which parameters are not used at all. Layers that were not called may lend their weights to
-        this forward pass; without vmap to fall back on the first backward pass shows that.
+    def _settle(self, values: SharedValues) -> None:
+        """That no layer inside has lent its weight, in the first forward pass.
+
+        Without vmap to fall back on the first backward pass shows that.
         """
-        if torch.compiler.is_compiling():
-            if not unused <= self._unused:
-                names = ", ".join(sorted(unused))
-                raise UnmeasuredUse(
-                    f"the compiler does not show what becomes of {names}: write weight.t() for "
-                    "weight.T; if unused, run one forward pass before compiling"
-                )
-            return
-        self._unused = unused
-        if self._settled or not self.observed_parameters:
-            return
+        if not self._settled and values.taken is not None:
+            for layer in self._observer.uncalled(self):
+                if any(id(p) in values.taken for p in layer.trainable().values()):
+                    raise UnmeasuredUse(
+                        f"it uses parameters of the layer {layer.observed_name!r}, which it does "
+                        "not call", self,
+                    )  # fmt: skip
         self._settled = True
-        idle = self._observer.uncalled(self) if self._observer.may_fall_back else []
-        if idle:
-            raise UnmeasuredUse(f"the layers {', '.join(map(repr, idle))} in it were not called")
 
-    def _rehearse(
-        self, own: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Tries the forward pass out: a checkpoint must not see one that is given up halfway."""
-        device = next(iter(own.values())).device
-        devices = [] if device.type == "cpu" else [device]
-        with (
-            self._observer.rehearsal(),
-            torch.random.fork_rng(devices),
-            torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
-        ):
-            self._watched(own, args, kwargs)
-
-    def _expanded(self, values: SharedValues, name: str, samples: int) -> Tensor:
-        home, key = self._homes[name]
+    def expanded(self, own: Own, samples: int) -> Tensor:
+        """A parameter once for each sample, measured."""
+        home, key = self._homes[own.name]
         p = home._parameters[key]
         assert p is not None
-        self._remember(Use("expand", name))
+        self._remember(Use("expand", own.name))
         x = p.detach().unsqueeze(0).expand(samples, *p.shape)
-        probe, weight_probe, call = self._start(values, name, x)
+        probe, weight_probe, call = self._start(own, x)
         return functional.expand(p, samples, probe, weight_probe, call)
+
+
+def _check_seen(own: list[Own]) -> None:
+    """That the compiler has shown what becomes of each parameter.
+
+    It hides attributes (`weight.T`) from what watches; eager forward passes tell which parameters
+    are not used at all.
+    """
+    if not torch.compiler.is_compiling():
+        for source in own:
+            source.owner.unused[source.name] = not source.used
+        return
+    for source in own:
+        if not source.used and not source.owner.unused.get(source.name):
+            raise UnmeasuredUse(
+                f"the compiler does not show what becomes of {source.name}: write weight.t() for "
+                "weight.T; if unused, run one forward pass before compiling", source.owner,
+            )  # fmt: skip
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -163,20 +200,13 @@ def _homes(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return found
 
 
-def _in_checkpoint() -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
-    return hooks(True) is not None
-
-
-def _samples(args: Iterable[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """How many samples a module is given: dimension 0 of its first argument that is no row of 1."""
-    tensors = [t for t in tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor) and t.dim()]
-    for t in tensors:
-        if t.shape[0] != 1:
+def _samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """How many samples a module is given: dimension 0 of its first argument, but for positions."""
+    named = [value for key, value in kwargs.items() if "position" not in key]
+    for t in tree_leaves((args, named)):
+        if isinstance(t, Tensor) and t.dim():
             return t.shape[0]
-    return 1 if tensors else None
+    return None
 
 
 def refusal_of(module: nn.Module) -> str:
@@ -184,9 +214,17 @@ def refusal_of(module: nn.Module) -> str:
     kind = type(module)
     if kind.__module__.startswith("torch.nn."):
         return "it is of torch.nn"
+    if isinstance(module, torch.fx.GraphModule):
+        return "it is a GraphModule, which makes its own class"
+    if "forward" in vars(module):
+        return "its forward is not that of its class"
     for name in _NAMES:
         if hasattr(module, name):
             return f"its {name!r} has a name that observed layers need"
+    try:
+        module_class(kind)
+    except Exception as error:  # of the class's own __init_subclass__ or metaclass
+        return f"a class cannot be derived from its own: {error}"
     return ""
 
 
@@ -204,6 +242,8 @@ def module_class(plain: type[nn.Module]) -> type[ObservedModule]:
 
     @functools.wraps(plain.forward)
     def forward(self: ObservedModule, *args: Any, **kwargs: Any) -> Any:
+        if "_observer" not in self.__dict__:  # made by code of its own, as a copy of type(self)
+            return plain.forward(self, *args, **kwargs)
         return self.observed_forward(*args, **kwargs)
 
     names = {"forward": forward, "__module__": plain.__module__, "__doc__": plain.__doc__}

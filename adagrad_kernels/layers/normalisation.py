@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import functional
 from ..functional._affine import by_channel
-from .base import ObservedLayer
+from .base import ObservedLayer, unwatched
 
 
 class _Affine(ObservedLayer):
@@ -49,6 +49,7 @@ def _check_several(number: int, what: str, input: Tensor) -> None:
 class ObservedLayerNorm(_Affine, nn.LayerNorm):
     """Layer normalisation that measures; inputs [b, …, *normalized_shape]."""
 
+    @unwatched
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.LayerNorm`."""
         if not self.measures():
@@ -63,6 +64,7 @@ class ObservedRMSNorm(_Affine, nn.RMSNorm):
 
     observed_parameters = ("weight",)
 
+    @unwatched
     def forward(self, x: Tensor) -> Tensor:
         """As `torch.nn.RMSNorm`."""
         if not self.measures():
@@ -76,6 +78,7 @@ class ObservedRMSNorm(_Affine, nn.RMSNorm):
 class ObservedGroupNorm(_Affine, nn.GroupNorm):
     """Group normalisation that measures; inputs [b, C, …]."""
 
+    @unwatched
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.GroupNorm`."""
         if not self.measures():
@@ -90,6 +93,7 @@ class ObservedGroupNorm(_Affine, nn.GroupNorm):
 class _ObservedBatchNorm(_Affine, _BatchNorm):
     observed_method = "sums by channel; in training mode what a sample adds to the batch's gradient"
 
+    @unwatched
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.BatchNorm1d`, `2d`, `3d`."""
         if not self.measures():
@@ -126,6 +130,7 @@ class ObservedBatchNorm3d(_ObservedBatchNorm, nn.BatchNorm3d):
 
 
 class _ObservedInstanceNorm(_Affine, _InstanceNorm):
+    @unwatched
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.InstanceNorm1d`, `2d`, `3d`."""
         if not self.measures():
@@ -167,6 +172,7 @@ class ObservedPReLU(_Affine, nn.PReLU):
 
     observed_parameters = ("weight",)
 
+    @unwatched
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.PReLU`."""
         if not self.measures():

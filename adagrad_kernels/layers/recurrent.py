@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
-from .base import ObservedLayer, Seen
+from .base import ObservedLayer, Seen, unwatched
 from .linear import linear_response
 
 _PRODUCTS = ("ih", "hh", "hr")
@@ -38,6 +38,7 @@ class ObservedRecurrent(ObservedLayer, nn.RNNBase):
             if hasattr(self, f"weight_{product}{part}")
         }
 
+    @unwatched
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the plain module, for tensors with a sample dimension."""
         if not self.measures():

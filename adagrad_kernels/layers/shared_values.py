@@ -2,27 +2,33 @@
 
 A module's own parameters, what is computed from them alone, and embeddings of positions have no
 dimension that counts the samples. What a sample adds to their gradient is lost where autograd sums
-over what broadcasting has repeated. So while the forward pass of such a module runs, its functions
-are watched: at the first one that takes a shared value together with samples, the value is
-repeated for each sample by a call that measures (`functional.expand`; for positions
+over what broadcasting has repeated. So while the forward pass of a module with such values runs,
+its functions are watched: at the first one that takes a shared value together with samples, the
+value is repeated for each sample by a call that measures (`functional.expand`; for positions
 `functional.embedding`), and the function gets that instead. What was computed from a parameter
 before (`1 + weight.float()`) is computed again from its repetition, by `torch.func.vmap`.
 
-The forward pass computes the same numbers, and runs once. `torch.compile(fullgraph=True)` takes it.
+The outermost such module begins the watch, which all modules in it share. It knows constants, too:
+buffers, and what is computed of nothing else (`torch.arange`, masks). They are no samples, though
+they may have as many rows. Everything else with b rows is.
+
+The forward pass computes the same numbers, and runs once (dropout of a shared value is drawn once
+more). `torch.compile(fullgraph=True)` takes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from types import MethodDescriptorType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .shared_sources import Computed, Source, UnmeasuredUse
+from .shared_sources import Computed, Own, Source, UnmeasuredUse
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "pow", "floordiv", "mod")
 _ELEMENTWISE = (
@@ -45,108 +51,121 @@ _BROADCASTING = (
 )
 """Functions in which a shared value is repeated along dimension 0 of the samples, as by itself."""
 
-_WRITING = _named(
-    *(f"{name}_" for name in (*_ELEMENTWISE, "clamp", "copy", "fill", "zero")),
-    *(f"__i{name}__" for name in _OPERATORS),
-)
+_WRITING = {
+    f
+    for name in dir(Tensor)
+    if (name.endswith("_") and not name.endswith("__")) or name[3:-2] in _OPERATORS
+    if isinstance(f := getattr(Tensor, name), MethodDescriptorType) or name.startswith("__i")
+} | {Tensor.__setitem__}
 _JOINING = {torch.cat, torch.concat, torch.concatenate}
 _EXPANDING = {Tensor.expand, Tensor.broadcast_to, torch.broadcast_to}
 _REPEATING = {Tensor.repeat, Tensor.tile, torch.tile}
 _COMPARING = _named(*_COMPARISONS, *(f"__{name}__" for name in _COMPARISONS))
 _LIKE = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 """With a shared value as another argument than the first they look at its shape or type alone."""
-
-
-class Owner(Protocol):
-    """The module whose forward pass is watched."""
-
-    def measure_function(
-        self,
-        values: SharedValues,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """The result of a function of samples and parameters whose kernel measures, or None."""
-        ...
-
-    def measure_embedding(
-        self, values: SharedValues, function: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """The result of an embedding with a parameter, measured; or None."""
-        ...
+_RANDOM = _named("rand", "randn", "randint", "normal", "bernoulli", "multinomial", "poisson")
+"""Their results may be samples although they are computed of nothing."""
+_REFUSED = _named("as_strided", "as_strided_copy")
+"""What looks at memory, of which a repetition has none of its own."""
+_HOOKS = _named("register_hook", "retain_grad")
 
 
 class SharedValues(TorchFunctionMode):
-    """Watches the functions that a module's forward pass calls.
+    """Watches the functions that a forward pass calls.
 
     Args:
-        owner: the module.
         samples: how many it was given; None if it does not take any.
         constants: tensors that are no samples, whatever their shape.
 
     Attributes:
-        counted: whether one of its calls has counted the samples.
+        own: all parameters of modules that took part.
+        taken: the parameters that functions were given, by id, since `note_taken`; or None.
     """
 
-    def __init__(
-        self, owner: Owner, samples: int | None, constants: Sequence[Tensor | None] = ()
-    ) -> None:
+    def __init__(self, samples: int | None, constants: Iterable[Tensor]) -> None:
         super().__init__()
-        self.owner, self.samples, self._constants = owner, samples, constants
-        self.counted = False
+        self.samples = samples
+        self.own: list[Own] = []
+        self.taken: set[int] | None = None
         self._compiling = torch.compiler.is_compiling()
-        self._entered = False
-        self._values: list[Tensor] = []  # few: a search among them compiles, a dictionary does not
+        # Lists: a search among few tensors compiles, a dictionary of them does not.
+        self._values: list[Tensor] = []
         self._sources: list[Source] = []
-        self._ids: set[int] = set()  # of the values; of a compiled forward pass empty
+        self._versions: list[int] = []
+        self._constants = list(constants)
+        self._captured: list[tuple[Any, Tensor]] = []  # by compiled computations, with their owners
+        # The ids of the same tensors, in eager mode.
+        self._ids: set[int] = set()
+        self._constant_ids = set() if self._compiling else {id(t) for t in self._constants}
 
     def add(self, value: Tensor, source: Source) -> Tensor:
         """Counts it among the shared values; returns it."""
         self._values.append(value)
         self._sources.append(source)
         if not self._compiling:
+            self._versions.append(value._version)
             self._ids.add(id(value))
         return value
 
-    def begin(self) -> None:
-        """Starts to watch, if it does not yet (in eager mode; what is compiled uses `with`)."""
-        if not self._entered and not self._compiling:
-            self._entered = True
-            self.__enter__()
+    def drop(self, sources: list[Own], but: list[Any]) -> None:
+        """These are no longer watched, except for those whose value is among `but`."""
+        self._keep(
+            [
+                k
+                for k, (value, source) in enumerate(zip(self._values, self._sources, strict=True))
+                if not any(source is own for own in sources) or any(value is other for other in but)
+            ]
+        )
 
-    def end(self) -> None:
-        """Ends what `begin` has started."""
-        if self._entered:
-            self._entered = False
-            self.__exit__(None, None, None)
+    def forget(self, owners: set[Any]) -> None:
+        """Nothing of these layers is watched any more (eager mode)."""
+        self.own = [own for own in self.own if own.owner not in owners]
+        self._keep([k for k, s in enumerate(self._sources) if s.owner not in owners])
+
+    def _keep(self, kept: list[int]) -> None:
+        if len(kept) < len(self._values):
+            self._values = [self._values[k] for k in kept]
+            self._sources = [self._sources[k] for k in kept]
+            if not self._compiling:
+                self._versions = [self._versions[k] for k in kept]
+                self._ids = {id(value) for value in self._values}
 
     def clear(self) -> None:
         """The forward pass is over, in whatever way. Forgets the values, which refer to this."""
-        self.end()
-        self._values, self._sources, self._ids = [], [], set()
+        self.__init__(self.samples, ())
 
-    def hand_over(self, outputs: list[Any], outer: SharedValues | None) -> None:
-        """Has the module around this one watch the shared values among the outputs.
-
-        Raises:
-            UnmeasuredUse: if there is none.
-        """
-        for out in outputs:
-            source = self.source(out)
-            if source is None or not out.requires_grad:
-                continue
-            if outer is None:
-                raise UnmeasuredUse("it is returned without having met the samples")
-            outer.begin()
-            outer.add(out, source)
+    def note_taken(self) -> None:
+        """Starts to note which parameters functions are given."""
+        if self.taken is None:
+            self.taken = set()
 
     def source(self, value: object) -> Source | None:
         """Where it comes from, if it is shared."""
+        if not self._compiling and id(value) not in self._ids:
+            return None
         for k in range(len(self._values) - 1, -1, -1):
             if self._values[k] is value:
                 return self._sources[k]
         return None
+
+    def is_constant(self, t: Tensor) -> bool:
+        """Whether it is computed of nothing but constants."""
+        if t.__class__ is nn.Parameter:
+            return not t.requires_grad
+        if not self._compiling:
+            return id(t) in self._constant_ids
+        return any(t is constant for constant in self._constants)
+
+    def check_met(self, tensors: list[Any], what: str) -> None:
+        """That none of these is a shared value.
+
+        Raises:
+            UnmeasuredUse: otherwise.
+        """
+        for t in tensors:
+            source = self.source(t)
+            if source is not None and t.requires_grad:
+                raise UnmeasuredUse(f"{what} before it has met the samples", source.owner)
 
     def __torch_function__(
         self,
@@ -157,85 +176,147 @@ class SharedValues(TorchFunctionMode):
     ) -> Any:
         """See `torch.overrides.TorchFunctionMode`."""
         kwargs = kwargs or {}
-        tensors = list(_tensors(args, kwargs)) if self._may_take(args, kwargs) else []
-        shared = [t for t in tensors if self.source(t) is not None]
+        shared, constant = self._look(args, kwargs)
         if not shared or not torch.is_grad_enabled() or func in _COMPARING:
-            if func is Tensor.unflatten:  # the compiler takes it as a method only
-                return args[0].unflatten(*args[1:], **kwargs)
-            return func(*args, **kwargs)
-        if func is F.embedding:
-            found = self.owner.measure_embedding(self, func, *args, **kwargs)
+            found = _run(func, args, kwargs)
+            if self.taken is not None:
+                self._note_parameters(args, kwargs, found)
+            if constant:
+                self._add_constants(func, found)
+            if not shared and func in _WRITING:
+                self._note_written(args[0], constant)
+            return found
+        if func is F.embedding and isinstance(own := self.source(args[1]), Own):
+            found = own.owner.measure_embedding(self, func, *args, **kwargs)
             if found is not None:
                 return found
         if func in _LIKE and self.source(args[0]) is None:
             return func(*args, **kwargs)
+        if self.taken is not None:
+            self._note_parameters(args, kwargs, args[0])
+        tensors = list(_tensors(args, kwargs))
+        of = [source for t in tensors if (source := self.source(t)) is not None]
+        owner = of[0].owner
         others = [t for t in tensors if t.dim() and self.source(t) is None]
         if self.samples is None:
             self.samples = next((t.shape[0] for t in others if t.requires_grad), None)
-        met = [t for t in others if self.samples is not None and t.shape[0] == self.samples]
-        met = [t for t in met if not any(t is constant for constant in self._constants)]
+        met = [t for t in others if t.shape[0] == self.samples and not self.is_constant(t)]
+        writes = func in _WRITING or kwargs.get("inplace") is True
+        if writes and (self.source(args[0]) is not None or not met or func is Tensor.__setitem__):
+            raise UnmeasuredUse(f"{_name(func)} writes", owner)
+        if func in _REFUSED or (func in _HOOKS and not isinstance(of[0], Own)):
+            raise UnmeasuredUse(f"{_name(func)} is used", owner)
+        self._check_unwritten(tensors, owner)
         if met:
             return self._meet(func, args, kwargs, met)
         strange = [t for t in others if t.requires_grad]
         if strange:
             raise UnmeasuredUse(
                 f"{_name(func)} takes it together with a tensor of shape {list(strange[0].shape)}, "
-                f"dimension 0 of which does not count the {self.samples} samples"
-            )
+                f"dimension 0 of which does not count the {self.samples} samples", owner,
+            )  # fmt: skip
         return self._compute(func, args, kwargs)
 
-    def _may_take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a shared value may be among the arguments: soon told, as mostly it is not."""
-        if self._compiling:
-            return bool(self._values)
-        ids = self._ids
+    def _note_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> None:
+        if self.taken is not None and isinstance(found, Tensor):  # no attribute
+            of = _tensors(args, kwargs)
+            self.taken.update(id(t) for t in of if t.__class__ is nn.Parameter)
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, bool]:
+        """Whether a shared value is among the arguments, and if not, whether all are constants."""
+        shared, constant = False, True
         for value in (*args, *kwargs.values()) if kwargs else args:
-            if id(value) in ids:
-                return True
-            if value.__class__ is list or value.__class__ is tuple:
+            if isinstance(value, Tensor):
+                shared = shared or self.source(value) is not None
+                constant = constant and self.is_constant(value)
+            elif value.__class__ is list or value.__class__ is tuple:
                 for part in value:
-                    if id(part) in ids:
-                        return True
-        return False
+                    if isinstance(part, Tensor):
+                        shared = shared or self.source(part) is not None
+                        constant = constant and self.is_constant(part)
+        return shared, constant and not shared
+
+    def _add_constants(self, func: Callable[..., Any], found: Any) -> None:
+        if func in _RANDOM:
+            return
+        for t in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(t, Tensor) and not t.requires_grad and not self.is_constant(t):
+                self._constants.append(t)
+                if not self._compiling:
+                    self._constant_ids.add(id(t))
+
+    def _note_written(self, t: Tensor, by_constant: bool) -> None:
+        """It is no constant any more, if that were samples."""
+        if any(t is captured for _, captured in self._captured):  # eager: see `Computed`
+            owner = next(owner for owner, captured in self._captured if captured is t)
+            raise UnmeasuredUse("what it was computed with is written to", owner)
+        if self.is_constant(t) and not by_constant:
+            self._constants = [constant for constant in self._constants if constant is not t]
+            self._constant_ids = self._constant_ids - {id(t)} if not self._compiling else set()
+
+    def _check_unwritten(self, tensors: list[Tensor], owner: Any) -> None:
+        if self._compiling:
+            return
+        for t in tensors:
+            source = self.source(t)
+            if source is None or isinstance(source, Own):
+                continue
+            k = next(k for k, value in enumerate(self._values) if value is t)
+            if t._version != self._versions[k]:
+                raise UnmeasuredUse("it has been written to", owner)
 
     def _compute(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A function of shared values alone."""
+        """A function of shared values and constants alone."""
         found = func(*args, **kwargs)
         several = isinstance(found, (tuple, list))
         outputs = list(found) if several else [found]
         if not any(isinstance(out, Tensor) and out.requires_grad for out in outputs):
             return found
-        if func in _WRITING:
-            raise UnmeasuredUse(f"{_name(func)} writes to it")
         if self.source(found) is not None:  # float() of what is float already, and the like
             return found
-        grown = self._grown(func, args, kwargs, outputs[0])
+        grown = self._grown(func, args, outputs[0])
         if grown is not None:
             return grown
         leaves, _ = tree_flatten((args, kwargs))
         parents = [self.source(leaf) for leaf in leaves]
+        if self._compiling:
+            owner = next(p.owner for p in parents if p is not None)
+            captured = [t for t in leaves if isinstance(t, Tensor) and self.source(t) is None]
+            self._captured = self._captured + [(owner, t) for t in captured]
         for k, out in enumerate(outputs):
             if isinstance(out, Tensor) and out.requires_grad:
                 self.add(out, Computed(func, (args, kwargs), parents, k if several else None))
         return found
 
-    def _grown(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
-    ) -> Tensor | None:
+    def _grown(self, func: Callable[..., Any], args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         """For a value that is explicitly repeated for each sample: that, measured."""
-        known = func in _EXPANDING or func in _REPEATING
-        if not known or out.shape[0] != self.samples or self.samples == 1:
-            return None
         value = args[0]
+        if func not in _EXPANDING and func not in _REPEATING:
+            return None
         if value.dim() == out.dim() and value.shape[0] != 1:
+            return None
+        if not self._follows(func, value, out.shape[0]):
             return None
         rows = self._rows(value, None, out.dim(), func)
         if func in _EXPANDING:
             return rows.expand(out.shape)
-        times = [out.shape[k] // rows.shape[k] for k in range(out.dim())]
-        return rows.repeat(times)
+        return rows.repeat([out.shape[k] // rows.shape[k] for k in range(out.dim())])
+
+    def _follows(self, func: Callable[..., Any], value: Tensor, size: int) -> bool:
+        """Whether a repetition to so many follows the number of samples, as far as is known.
+
+        A dimension of heads, or of an image's rows, has the same size with any number of samples.
+        """
+        source, samples = self.source(value), self.samples
+        if size != samples and self._compiling:
+            return False
+        if self._compiling or source is None:
+            return size == samples
+        seen = source.owner.repeated.setdefault((_name(func), value.shape), set())
+        seen.add((samples, size))
+        return size == samples and not any(s == size and n != samples for n, s in seen)
 
     def _meet(
         self,
@@ -245,15 +326,22 @@ class SharedValues(TorchFunctionMode):
         met: list[Tensor],
     ) -> Any:
         """A function of shared values and of samples."""
-        routed = self.owner.measure_function(self, func, args, kwargs)
-        if routed is not None:
-            return routed
-        if func not in _BROADCASTING and func not in _JOINING:
-            raise UnmeasuredUse(f"{_name(func)} is not among the functions that are known")
+        leaves, structure = tree_flatten((args, kwargs))
+        owners = [source.owner for leaf in leaves if (source := self.source(leaf)) is not None]
+        for owner in owners:
+            if hasattr(owner, "measure_function"):
+                found = owner.measure_function(self, func, args, kwargs)
+                if found is not None:
+                    return found
+        joins = func in _JOINING and (kwargs.get("dim", args[1] if len(args) > 1 else 0)) != 0
+        if func not in _BROADCASTING and not joins:
+            what = (
+                "dim=0 joins samples" if func in _JOINING else "is not among those that are known"
+            )
+            raise UnmeasuredUse(f"{_name(func)} {what}", owners[0])
         dims = max([t.dim() for t in met])
         floating = [t.dtype for t in met if t.is_floating_point()]
         dtype = floating[0] if floating else None
-        leaves, structure = tree_flatten((args, kwargs))
         leaves = [
             leaf if self.source(leaf) is None else self._rows(leaf, dtype, dims, func)
             for leaf in leaves
@@ -288,13 +376,19 @@ class SharedValues(TorchFunctionMode):
         if free < 0 or (free == 0 and shape[0] != 1):
             raise UnmeasuredUse(
                 f"{_name(func)} takes it, of shape {list(shape)}, together with samples of {dims} "
-                "dimensions, the first of which it does not leave to the samples"
-            )
+                "dimensions, the first of which it does not leave to the samples", source.owner,
+            )  # fmt: skip
         rows = source.rows(samples)
         if not value.dim() and dtype is not None:  # bends to that type, which its rows would not
             rows = rows.to(dtype)
         inner = shape[1:] if free == 0 else (*[1] * (free - 1), *shape)
         return rows.reshape(samples, *inner)
+
+
+def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func is Tensor.unflatten:  # the compiler takes it as a method only
+        return args[0].unflatten(*args[1:], **kwargs)
+    return func(*args, **kwargs)
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

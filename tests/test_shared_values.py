@@ -1,0 +1,441 @@
+"""What the watch of a forward pass tells apart: samples, constants, shared values."""
+
+import copy
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import between
+from module_cases import Own, Positions, Relative
+from per_sample import per_sample
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import adagrad_kernels as ak
+from adagrad_kernels.layers import ObservedFallback, ObservedModule
+
+
+class Known(Own):
+    """Of the package that is watched unasked: there is no vmap to fall back on."""
+
+    __module__ = "transformers.models.own"
+
+    def __init__(
+        self, forward: Callable[..., Tensor], *shapes: tuple[int, ...], **buffers: Tensor
+    ) -> None:
+        super().__init__(forward, *shapes)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+
+def loss(y: Tensor) -> Tensor:
+    return y.sin().flatten(1).sum(1).mean()
+
+
+def check(model: nn.Module, sizes: tuple[int, ...], device: torch.device, **options: Any) -> None:
+    """Exact with these numbers of samples [7, 5], one after the other."""
+    observer = ak.observe(model, coordinates=True, inner_products=True, **options)
+    for samples in sizes:
+        x = torch.randn(samples, 7, 5, device=device, dtype=torch.float64)
+        model.zero_grad()
+        observer.reset()
+        loss(model(x)).backward()
+        s, truth = observer.statistics(), per_sample(model, loss, x)
+        assert_close(s.sample_norms_sq, truth.norms_sq)
+        assert_close(s.inner_products, truth.inner_products)
+        if samples > 1:
+            assert_close(s.coordinate_variance, truth.by_parameter(truth.coordinate_variance))
+    observer.detach()
+
+
+def with_frozen_table() -> Known:
+    model = Known(lambda m, x: x + m.p0 * m.p1, (5,), (7, 5))
+    model.p1.requires_grad_(False)
+    return model
+
+
+def counting(m: Known, x: Tensor) -> Tensor:
+    """A constant that samples are written to is none any more."""
+    sums = torch.zeros(x.shape[0], 7, 5, dtype=x.dtype, device=x.device)
+    sums += x
+    return sums * m.p0
+
+
+def arange(m: Known, x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], dtype=x.dtype, device=x.device).unsqueeze(1)
+
+
+SPREAD = torch.randn(9, 5, dtype=torch.float64)
+CONSTANT: dict[str, Callable[[], Known]] = {
+    "buffer": lambda: Known(lambda m, x: x + m.p0 * m.pe[: x.shape[1]], (5,), pe=SPREAD.clone()),
+    "buffer-product": lambda: Known(
+        lambda m, x: x + m.pe[: x.shape[1]] @ m.p0, (5, 5), pe=SPREAD.clone()
+    ),
+    "frozen": with_frozen_table,
+    "rotary": lambda: Known(lambda m, x: x * torch.cos(arange(m, x) * m.p0), (5,)),
+    "linear": lambda: Known(lambda m, x: x + F.linear(arange(m, x), m.p0), (5, 1)),
+    "mask": lambda: Known(
+        lambda m, x: x + (torch.ones(7, 7, device=x.device).tril().double() @ m.p0), (7, 5)
+    ),
+    "samples-in-zeros": lambda: Known(counting, (5,)),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_constants_with_as_many_rows_as_samples(name: str, device: torch.device) -> None:
+    check(between(CONSTANT[name](), 5).to(device).double(), (7, 4, 7, 1), device)
+
+
+def test_repeated_to_as_many_heads_as_samples(device: torch.device) -> None:
+    """After a batch of another size has shown that heads do not follow it."""
+
+    def forward(m: Known, x: Tensor) -> Tensor:
+        heads = m.p0.unsqueeze(0).expand(3, 7, 5)
+        return x + heads.sum(0)
+
+    check(between(Known(forward, (7, 5)), 5).to(device).double(), (4, 3, 5, 3), device)
+
+
+@pytest.mark.parametrize("repeat", ["expand", "repeat"])
+def test_tokens_for_one_sample(repeat: str, device: torch.device) -> None:
+    """Queries that are expanded, and then go into layers that the watch does not see into."""
+
+    class Latents(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latents, self.gain = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.ones(6))
+            self.q, self.k = nn.Linear(5, 6), nn.Linear(5, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if repeat == "expand":
+                rows = self.latents.expand(x.shape[0], -1, -1)
+            else:
+                rows = self.latents.unsqueeze(0).repeat(x.shape[0], 1, 1)
+            k = self.k(x)
+            return F.scaled_dot_product_attention(self.q(rows), k, k) * self.gain
+
+    for sizes in ((4, 1), (1, 4), (3, 5)):
+        check(Latents().to(device).double(), sizes, device, fallback="vmap")
+
+
+@pytest.mark.parametrize("first", [6, 4])
+def test_a_relative_bias_in_any_order_of_sizes(first: int, device: torch.device) -> None:
+    model = Relative().to(device).double()
+    observer = ak.observe(model)
+    for samples in (first, 4, 6, 8):
+        x = torch.randint(11, (samples, 6), device=device)
+        model.zero_grad()
+        observer.reset()
+        loss(model(x)).backward()
+        norms = observer.statistics().sample_norms_sq
+        assert_close(norms, per_sample(model, loss, x).norms_sq)
+
+
+def test_one_table_for_tokens_and_positions(device: torch.device) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(11, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(x.shape[1], device=x.device)
+            return self.head((self.table(x) + self.table(places)).tanh())
+
+    model = Shared().to(device).double()
+    observer = ak.observe(model)
+    for samples in (6, 4, 6):
+        x = torch.randint(11, (samples, 6), device=device)
+        model.zero_grad()
+        observer.reset()
+        loss(model(x)).backward()
+        norms = observer.statistics().sample_norms_sq
+        assert_close(norms, per_sample(model, loss, x).norms_sq)
+
+
+def test_labels_in_order_are_not_guessed(device: torch.device) -> None:
+    class Labelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.labels, self.head = nn.Embedding(11, 4), nn.Linear(4, 3)
+
+        def forward(self, y: Tensor) -> Tensor:
+            return self.head(self.labels(y))
+
+    model = Labelled().to(device).double()
+    observer = ak.observe(model)
+    with pytest.raises(ValueError, match=r"may be positions.*indices\.unsqueeze\(1\)"):
+        model(torch.arange(5, device=device))
+    y = torch.tensor([3, 1, 1, 0], device=device)
+    loss(model(y)).backward()
+    norms = observer.statistics().sample_norms_sq
+    assert_close(norms, per_sample(model, loss, y).norms_sq)
+    model(torch.arange(5, device=device))  # known by now
+
+
+def test_a_mask_beside_one_sample(device: torch.device) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(11, 4), nn.Embedding(7, 4)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            places = torch.arange(x.shape[1], device=x.device)
+            y = self.tokens(x) + self.positions(places)
+            return F.scaled_dot_product_attention(y, y, y, attn_mask=mask)
+
+    model = Masked().to(device).double()
+    plain, mask = copy.deepcopy(model), torch.ones(6, 6, device=device).tril().bool()
+    observer = ak.observe(model)
+    for samples in (4, 1):
+        model.zero_grad()
+        observer.reset()
+        x = torch.randint(11, (samples, 6), device=device)
+        loss(model(x, mask)).backward()
+        norms = observer.statistics().sample_norms_sq
+        for row, norm in zip(x, norms, strict=True):
+            plain.zero_grad()
+            loss(plain(row.unsqueeze(0), mask)).backward()
+            assert_close(sum(p.grad.square().sum() for p in plain.parameters()), norm)
+
+
+# Written to, hooked, given to layers
+
+
+def zeroed(m: Known, x: Tensor) -> Tensor:
+    h = m.p0.clone()
+    h[0] = 0.0
+    return x + h
+
+
+def through_a_view(m: Known, x: Tensor) -> Tensor:
+    h = m.p0 * 1
+    h[0].exp_()
+    return x + h
+
+
+def constant_in_a_loop(m: Known, x: Tensor) -> Tensor:
+    d, tables = torch.zeros(7, 1, dtype=x.dtype, device=x.device), []
+    for _ in range(3):
+        d += 1
+        tables.append(m.p0 + d)
+    return x * tables[0] * tables[1]
+
+
+def without_grad(m: Known, x: Tensor) -> Tensor:
+    h = m.p0 * 1
+    with torch.no_grad():
+        h[0] = 0.0
+    return x + h
+
+
+WRITES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "relu": lambda m, x: x * F.relu(m.p0 * 2, inplace=True),
+    "exp": lambda m, x: x * (m.p0 * 2).exp_(),
+    "item": zeroed,
+    "view": through_a_view,
+    "constant": constant_in_a_loop,
+    "no-grad": without_grad,
+    "strided": lambda m, x: x + torch.as_strided(m.p0, (7, 5), (1, 1)),
+    "into-zeros": lambda m, x: x + x.new_zeros(7, 5).index_put((x.new_zeros(1).long(),), m.p0),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_written_to_is_refused_or_measured_by_vmap(name: str, device: torch.device) -> None:
+    shape = (11,) if name == "strided" else (5,)
+    known = between(Known(WRITES[name], shape), 5).to(device).double()
+    ak.observe(known)
+    x = torch.randn(4, 7, 5, device=device, dtype=torch.float64)
+    if name == "into-zeros":
+        loss(known(x)).backward()  # computed of a constant, out of place
+    else:
+        with pytest.raises(ak.UnsupportedLayerError, match="cannot be measured"):
+            known(x)
+    free = between(Own(WRITES[name], shape), 5).to(device).double()
+    plain, y = copy.deepcopy(free), free(x)
+    observer = ak.observe(free, fallback="vmap")
+    assert_close(free(x), y)
+    observer.detach()
+    if name != "strided":
+        check(plain, (4, 6), device, fallback="vmap")
+
+
+def test_hooks_of_what_is_computed(device: torch.device) -> None:
+    def forward(m: Known, x: Tensor) -> Tensor:
+        h = m.p0 * 1
+        h.register_hook(lambda grad: 2 * grad)
+        return x * h
+
+    model = Known(forward, (5,)).to(device)
+    ak.observe(model)
+    with pytest.raises(ak.UnsupportedLayerError, match="register_hook"):
+        model(torch.randn(4, 5, device=device))
+
+
+def test_a_layer_that_is_given_a_shared_value(device: torch.device) -> None:
+    class Queries(Known):
+        __module__ = Known.__module__
+
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: x + m.layer(m.p0), (7, 5))
+            self.layer = nn.Linear(5, 5)
+
+    model = Queries().to(device)
+    ak.observe(model)
+    for samples in (4, 7):
+        with pytest.raises(ak.UnsupportedLayerError, match="layer 'layer' takes it before it has"):
+            model(torch.randn(samples, 7, 5, device=device))
+
+
+def test_mixed_precision_of_what_is_computed(device: torch.device) -> None:
+    def forward(m: Known, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            table = m.p0 @ m.p1
+        return x + table
+
+    model = Known(forward, (7, 16), (16, 5)).to(device)
+    plain, x = copy.deepcopy(model), torch.randn(4, 7, 5, device=device)
+    ak.observe(model)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert_close(model(x), plain(x), rtol=0, atol=1e-6)
+
+
+# A forward pass that is given up
+
+
+def test_what_is_given_up_is_undone(device: torch.device) -> None:
+    """Random numbers and counted calls are as if the first attempt had not been."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p0, self.p1 = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5, 3))
+            self.inner = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("btd,de->bte", self.inner(x) * self.p0, self.p1)
+
+    model = nn.Sequential(Odd(), nn.Dropout(0.5)).to(device)
+    plain, x = copy.deepcopy(model), torch.randn(4, 7, 5, device=device)
+    observer = ak.observe(model, fallback="vmap")
+    torch.manual_seed(1)
+    y = model(x)
+    torch.manual_seed(1)
+    assert_close(y, plain(x))
+    loss(y).backward()
+    assert not +observer._pending
+    assert observer.statistics().batch_size == 4
+
+
+def test_a_module_inside_is_given_up(device: torch.device) -> None:
+    """The module around it goes on being watched, and what it passes on is refused."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.table = nn.Parameter(torch.randn(5)), nn.Embedding(9, 5)
+            self.inner = Own(lambda m, x: torch.einsum("btd,de->bte", x * m.p0, m.p1), (5,), (5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(x.shape[1], device=x.device)
+            return self.inner(x * self.gain + self.table(places)) * self.gain
+
+    model = Around().to(device).double()
+    check(model, (4, 7, 5), device, fallback="vmap")
+    observer = ak.observe(model, fallback="vmap")
+    model(torch.randn(4, 7, 5, device=device, dtype=torch.float64))
+    assert isinstance(model, ObservedModule)
+    assert isinstance(model.inner, ObservedFallback)
+    assert [r.method for r in observer.coverage() if r.owner == "inner"] == [
+        ObservedFallback.observed_method
+    ] * 2
+
+
+def test_a_checkpoint_sees_one_forward_pass(device: torch.device) -> None:
+    model = Own(lambda m, x: F.dropout(x * m.p0, 0.5), (5,)).to(device).double()
+    plain, x = copy.deepcopy(model), torch.randn(4, 5, device=device, dtype=torch.float64)
+    observer = ak.observe(model, fallback="vmap")
+    found = []
+    for m in (model, plain):
+        torch.manual_seed(1)
+        y = checkpoint(m, x, use_reentrant=False)
+        loss(y).backward()
+        found += [y, m.p0.grad]
+    assert_close(found[:2], found[2:])
+    assert observer.statistics().batch_size == 4
+
+
+def test_an_input_that_was_written_to_cannot_be_given_back(device: torch.device) -> None:
+    def forward(m: Own, x: Tensor) -> Tensor:
+        return torch.einsum("bd,de->be", x.add_(1.0) * m.p0, m.p1)
+
+    model = Own(forward, (5,), (5, 3)).to(device)
+    observer = ak.observe(model, fallback="vmap")
+    x = torch.randn(4, 5, device=device)
+    with pytest.raises(RuntimeError, match=r"writes to its input.*run this batch again"):
+        model(x.clone())
+    assert observer.shared_values is None
+
+
+def test_an_unused_head_needs_no_vmap(device: torch.device) -> None:
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(5))
+            self.head, self.spare = nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x * self.gain)
+
+    model = Headed().to(device).double()
+    ak.observe(model, fallback="vmap")
+    model(torch.randn(4, 5, device=device, dtype=torch.float64))
+    assert isinstance(model, ObservedModule)
+
+
+def test_exceptions_leave_nothing_behind(device: torch.device) -> None:
+    def forward(m: Known, x: Tensor) -> Tensor:
+        if len(x) == 3:
+            raise KeyError("odd")
+        return x * m.p0
+
+    model = between(Known(forward, (5,)), 5).to(device).double()
+    observer = ak.observe(model)
+    with pytest.raises(KeyError):
+        model(torch.randn(3, 7, 5, device=device, dtype=torch.float64))
+    assert observer.shared_values is None
+    assert torch._C._len_torch_function_stack() == 0
+    observer.detach()
+    check(model, (4, 5), device)
+
+
+# Modules that cannot be exchanged
+
+
+def test_modules_of_other_kinds(device: torch.device) -> None:
+    known: list[type] = []
+
+    class Registered(Positions):
+        def __init_subclass__(cls) -> None:
+            known.append(cls)
+            if len(known) > 1:
+                raise TypeError("already registered")
+
+    class Child(Registered):
+        pass
+
+    model = Child("plain")
+    ak.observe(model).detach()
+    other = Positions("plain")
+    other.forward = types.MethodType(Positions.forward, other)
+    ak.observe(other)
+    with pytest.raises(ValueError, match="may be positions"):
+        other(torch.randint(11, (5, 5)))
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 3)))
+    ak.observe(traced)
+    assert copy.deepcopy(traced)(torch.randint(11, (5, 3))).shape == (5, 3, 3)
+    assert not isinstance(traced, (ObservedFallback, ObservedModule))
