@@ -116,8 +116,10 @@ def unwatched(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def run(self: ObservedLayer, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self._observer.shared_values is None:
+        values = self._observer.shared_values
+        if torch.compiler.is_compiling() or values is None:
             return forward(self, *args, **kwargs)
+        values.check_met((*args, *kwargs.values()), f"layer {self.observed_name!r} takes it")
         with torch._C.DisableTorchFunction():
             return forward(self, *args, **kwargs)
 

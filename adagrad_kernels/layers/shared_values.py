@@ -156,15 +156,18 @@ class SharedValues(TorchFunctionMode):
             return id(t) in self._constant_ids
         return any(t is constant for constant in self._constants)
 
-    def check_met(self, tensors: list[Any], what: str) -> None:
-        """That none of these is a shared value.
+    def check_met(self, values: Iterable[Any], what: str) -> None:
+        """That none of these is a shared value, or holds one.
 
         Raises:
             UnmeasuredUse: otherwise.
         """
-        for t in tensors:
-            source = self.source(t)
-            if source is not None and t.requires_grad:
+        for value in values:
+            if isinstance(value, (tuple, list)):
+                self.check_met(value, what)
+                continue
+            source = self.source(value)
+            if source is not None and value.requires_grad:
                 raise UnmeasuredUse(f"{what} before it has met the samples", source.owner)
 
     def __torch_function__(
