@@ -397,6 +397,7 @@ def test_an_input_that_was_written_to_cannot_be_given_back(device: torch.device)
     with pytest.raises(RuntimeError, match=r"writes to its input.*run this batch again"):
         model(x.clone())
     assert observer.shared_values is None
+    assert isinstance(model, ObservedFallback)  # from the next time on
 
 
 def test_an_unused_head_needs_no_vmap(device: torch.device) -> None:

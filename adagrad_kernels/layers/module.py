@@ -77,11 +77,11 @@ class ObservedModule(MeasuredFunctions, nn.Module):
             if outer is not None and not falls:
                 raise
         if falls:
-            if attempt is not None:
-                attempt.undo()
             if outer is not None:
                 outer.forget(set(self.modules()))
             self._observer.fall_back(self)
+            if attempt is not None:
+                attempt.undo()
             return self.forward(*args, **kwargs)  # of another class now
         kind = owner.plain_class.__name__
         raise UnsupportedLayerError(
