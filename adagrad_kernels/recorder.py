@@ -92,6 +92,7 @@ class Recorder:
         self._pending: Counter[int] = Counter()  # those whose backward pass is still to come
         self._calls: list[ObservedCall] = []
         self._unexplained = True
+        self._again = False  # whether a parameter is used more than once, in the present pass
         self._to_explain: tuple[list[ObservedCall], Tensor] | None = None
         self._had_grads = False
         self.updater: Updater | None = None
@@ -182,7 +183,9 @@ class Recorder:
         if self._unexplained and not self._forward_calls[call.key]:
             self._had_grads |= any(p.grad is not None for p in self._names)
         needed = self.inner_products or self._unexplained
-        needed = needed or layer in self._tied or self._forward_calls[call.key] > 1
+        again = layer.used_again(self._forward_calls)
+        self._again |= again
+        needed = needed or layer in self._tied or again
         kept = tuple(t.detach() for t in saved) if needed else ()
         self._calls.append(ObservedCall(layer, call, saved[0].shape[0], kept))
 
@@ -214,7 +217,7 @@ class Recorder:
             if any(call.samples != rows for call in calls):
                 sizes = [(call.layer.observed_name, call.samples) for call in calls]
                 self._faults.append(faults.disagreement(sizes))
-            elif len({call.call.key for call in calls}) < len(calls) or self._tied:
+            elif len({call.call.key for call in calls}) < len(calls) or self._tied or self._again:
                 self._add_cross_terms(probe.grad, calls, rows)
             counting = sum(call.call.counts for call in calls)
             self._notified_calls = max(self._notified_calls, counting)
@@ -226,7 +229,7 @@ class Recorder:
                 self._unexplained = False
                 if not self._had_grads and not self._faults:
                     self._explain_when_complete(calls, probe.grad[0].sum())
-            self._calls = []
+            self._calls, self._again = [], False
             self._forward_calls.clear()
         self._micro_batches.append((probe.grad, rows))
         self._with_grad = None
@@ -352,7 +355,7 @@ class Recorder:
 
     def reset(self) -> None:
         """Forgets what was measured, for the next step. Gradients are not touched."""
-        self._calls = []
+        self._calls, self._again = [], False
         self._forward_calls.clear()
         self._to_explain = None
         self._forget()

@@ -54,7 +54,8 @@ def repeated_uses(calls: list[ObservedCall]) -> dict[nn.Parameter, list[Use]]:
     uses: dict[nn.Parameter, list[Use]] = {}
     for by in calls:
         for name, parameter in by.layer.trainable().items():
-            uses.setdefault(parameter, []).append(Use(by, name))
+            if by.layer.takes(by.call, name):
+                uses.setdefault(parameter, []).append(Use(by, name))
     return {p: found for p, found in uses.items() if len(found) > 1}
 
 
@@ -66,8 +67,8 @@ def cross_terms(
     norms = torch.zeros(uses[0].by.samples, dtype=dtype, device=parameter.device)
     sums = norms.new_zeros(parameter.shape) if coordinates else None
     for a, b in combinations(uses, 2):
-        if a.by.layer is b.by.layer and a.by.call.key != b.by.call.key:
-            continue  # different parts of the parameter
+        if a.by.layer is b.by.layer and a.by.layer.in_parts and a.by.call.key != b.by.call.key:
+            continue
         if sums is None and _factors(a)[0] and _factors(b)[0]:
             norms += 2 * _products(a, b, dtype)
         else:

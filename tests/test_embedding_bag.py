@@ -96,3 +96,11 @@ def test_training_is_that_of_plain_adagrad(device: torch.device) -> None:
             o.step()
             o.zero_grad()
     assert_close(model.weight, plain.weight)
+
+
+@pytest.mark.parametrize("offsets", [[1, 2], [0, 3, 2], [0, 9]])
+def test_offsets_that_torch_refuses(offsets: list[int]) -> None:
+    model = bag(mode="sum")
+    ak.observe(model)
+    with pytest.raises(ValueError, match="offsets must begin with 0"):
+        model(torch.tensor([1, 2, 3, 0]), torch.tensor(offsets))

@@ -458,3 +458,73 @@ def test_modules_of_other_kinds(device: torch.device) -> None:
     ak.observe(traced)
     assert copy.deepcopy(traced)(torch.randint(11, (5, 3))).shape == (5, 3, 3)
     assert not isinstance(traced, (ObservedFallback, ObservedModule))
+
+
+# Found in what came later
+
+
+@pytest.mark.parametrize(
+    ("what", "first"),  # in a first batch of as many, nothing tells what an argument is: limits.md
+    [
+        ("attribute", 5),
+        ("attribute", 3),
+        ("new", 5),
+        ("detached", 5),
+        ("argument", 3),
+        ("random", 3),
+    ],
+)
+def test_other_things_with_as_many_rows_as_samples(
+    what: str, first: int, device: torch.device
+) -> None:
+    """Attributes, and what is made of them, are constants; of others, sizes are evidence."""
+
+    class Distances(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.slope, self.table = nn.Parameter(torch.randn(())), nn.Parameter(torch.randn(5, 1))
+            self.fixed = torch.randn(5, 5, dtype=torch.float64, device=device)
+
+        def forward(self, x: Tensor, given: Tensor) -> Tensor:
+            h = self.inner(x)
+            spread = {
+                "attribute": self.fixed,
+                "argument": given,
+                "new": h.new_full((5, 5), 2.0).tril(),
+                "random": torch.rand(5, 5, dtype=x.dtype, device=x.device) * 0 + given,
+                "detached": self.table.detach() * self.fixed,
+            }[what]
+            scores = h @ h.mT + self.slope * spread
+            return self.head(scores.softmax(-1) @ h) + self.table.sum()
+
+    model = Distances().to(device).double()
+    plain, given = copy.deepcopy(model), torch.randn(5, 5, dtype=torch.float64, device=device)
+    observer = ak.observe(model, fallback="vmap")
+    for samples in (first, 5, 6, 5):
+        model.zero_grad()
+        observer.reset()
+        x = torch.randn(samples, 5, 4, device=device, dtype=torch.float64)
+        loss(model(x, given)).backward()
+        for row, norm in zip(x, observer.statistics().sample_norms_sq, strict=True):
+            plain.zero_grad()
+            loss(plain(row.unsqueeze(0), given)).backward()
+            assert_close(sum(p.grad.square().sum() for p in plain.parameters()), norm)
+
+
+def test_buffers_that_a_forward_pass_rebinds(device: torch.device) -> None:
+    class Moving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.mean = 0.9 * self.mean + x.square().mean()
+            return torch.einsum("bd,de->be", x, self.weight)
+
+    model = Moving().to(device)
+    ak.observe(model, fallback="vmap")
+    with pytest.raises(RuntimeError, match="changes its buffer 'mean'"):
+        model(torch.randn(5, 4, device=device))

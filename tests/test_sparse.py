@@ -155,6 +155,15 @@ def test_what_is_refused(device: torch.device) -> None:
         ak.AdAdaGrad(Recommender(True), criterion=ak.CoordinateNormTest(0.5))
     with pytest.raises(ValueError, match=r"takes no sparse gradients.*'words'"):
         ak.AdAdaGrad(Recommender(True), update="in_backward")
+    plain = Recommender(True)
+    inner = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for make in (
+        lambda: ak.AdaptiveBatch(plain, inner, max_grad_norm=1.0),
+        lambda: ak.AdAdaGrad(plain, criterion=ak.WorkerNormTest(0.1)),
+        lambda: ak.LocalAdaptiveBatch(plain, inner, local_steps=2),
+    ):
+        with pytest.raises(ValueError, match="takes no sparse gradients: build layer 'words'"):
+            make()
     model = Recommender(True).to(device)
     opt = ak.AdAdaGrad(model, weight_decay=0.1, batch_size=12, max_batch_size=12)
     (x,) = batches(device, 1)

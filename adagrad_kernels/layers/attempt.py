@@ -14,7 +14,7 @@ from .base import CallRecorder
 
 
 class Attempt:
-    """What a module's forward pass starts from: random numbers, counted calls.
+    """What a module's forward pass starts from: random numbers, buffers, counted calls.
 
     Args:
         module: the module.
@@ -36,6 +36,7 @@ class Attempt:
         self._random = [torch.get_rng_state()]
         if self._device.type == "cuda":
             self._random.append(torch.cuda.get_rng_state(self._device))
+        self._buffers = [(b, b.detach().clone()) for b in module.buffers()]
         inputs = tree_leaves((args, dict(kwargs)))
         self._inputs = [(t, t._version) for t in inputs if isinstance(t, Tensor)]
 
@@ -54,6 +55,9 @@ class Attempt:
         torch.set_rng_state(self._random[0])
         for state in self._random[1:]:
             torch.cuda.set_rng_state(state, self._device)
+        with torch.no_grad():
+            for buffer, before in self._buffers:
+                buffer.copy_(before)
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:

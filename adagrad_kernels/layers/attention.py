@@ -19,6 +19,7 @@ _PROJECTIONS = ("q", "k", "v")
 class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
     """Multi-head attention that measures; `out_proj` is an observed linear layer of its own."""
 
+    in_parts = True
     observed_method = "direct, Gram (few positions); input projections"
     observed_parameters = (
         "in_proj_weight",

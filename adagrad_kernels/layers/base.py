@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -142,24 +143,27 @@ class ObservedLayer:
 
     Attributes:
         observed_name: the module's path in the model.
+        in_parts: whether its calls use different parts of one parameter.
         observed_parameters: names of the parameters that the layer measures.
         plain_class: the class that the instance had before.
         notifies_from_graphs: whether compiled graphs, too, notify of their calls: it takes copies
             of their operands.
         takes_positions: of an embedding, whether its indices are shared by all samples, once that
             is known.
-        repeated: (samples, size) to which values computed of its parameters were repeated.
+        sizes: where values computed of its parameters met others, or were repeated: (number of
+            samples, size of dimension 0) so far.
         seen: the last input of each of its calls (eager mode), by the call's key.
     """
 
     observed_parameters: tuple[str, ...] = ("weight", "bias")
     observed_method: ClassVar[str]
+    in_parts: ClassVar[bool] = False
     observed_name: str
     plain_class: type[nn.Module]
     notifies_from_graphs: bool
     seen: dict[int, Seen]
     takes_positions: bool | None = None
-    repeated: dict[Any, set[tuple[int | None, int]]]
+    sizes: dict[Any, set[tuple[int | None, int]]]
     _parameters: dict[str, nn.Parameter | None]  # of the module
 
     @classmethod
@@ -188,7 +192,7 @@ class ObservedLayer:
         self._coordinate_probes: dict[str, Tensor] = {}
         self.seen = {}
         self.takes_positions = None
-        self.repeated = {}
+        self.sizes = {}
         self.notifies_from_graphs = False
         self.observed_name = name
 
@@ -281,6 +285,14 @@ class ObservedLayer:
     # What is computed after the backward pass, from the operands of a call: inner products, and
     # the cross terms of parameters that are used more than once.
 
+    def takes(self, call: functional.Call, name: str) -> bool:
+        """Whether a call uses this parameter."""
+        return True
+
+    def used_again(self, calls: Counter[int]) -> bool:
+        """Whether one of its parameters is used more than once by these calls, by their keys."""
+        return any(calls[key] > 1 for key in self.call_keys())
+
     def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
         """Whether c_i of this parameter is Σ_t u_t v_tᵀ in this call, for cross terms.
 
@@ -353,8 +365,9 @@ OWN_ATTRIBUTES = (
     "_constants",
     "unused",
     "takes_positions",
-    "repeated",
+    "sizes",
     "_uses",
+    "_paddings",
     "observed_name",
     "observed_parameters",
     "plain_class",

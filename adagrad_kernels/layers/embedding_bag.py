@@ -100,7 +100,16 @@ class ObservedEmbeddingBag(ObservedLayer, nn.EmbeddingBag):
         if not self.include_last_offset:
             offsets = torch.cat([offsets, offsets.new_full((1,), len(input))])
         lengths = offsets.diff()
-        longest = int(lengths.max()) if len(lengths) else 0
+        first, least, longest = (
+            torch.stack([offsets[0], lengths.min(), lengths.max()]).tolist()
+            if len(lengths)
+            else (0, 0, 0)
+        )
+        if first != 0 or least < 0:
+            raise ValueError(
+                f"layer {self.observed_name!r}: offsets must begin with 0, not decrease, and end "
+                f"within the {len(input)} tokens"
+            )
         places = torch.arange(longest, device=input.device)
         inside = places < lengths.unsqueeze(1)
         where = (offsets[:-1].unsqueeze(1) + places)[inside]

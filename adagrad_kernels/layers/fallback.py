@@ -73,7 +73,7 @@ class ObservedFallback(ObservedLayer, nn.Module):
             RuntimeError: otherwise: the forward pass would compute something else the next time.
         """
         for name, (buffer, version) in before.items():
-            if buffer._version != version:
+            if buffer._version != version or self.get_buffer(name) is not buffer:
                 raise RuntimeError(
                     f"layer {self.observed_name!r} ({self.plain_class.__name__}, measured by vmap) "
                     f"changes its buffer {name!r} in the forward pass, as batch_norm and "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,26 +22,39 @@ _RMS_NORMS = {F.rms_norm, torch.rms_norm}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm}
 
 
+_MOST = 32  # parameters, of which pairs are made
+
+
 class Use(NamedTuple):
-    """What a call of the module did with its parameters.
+    """A way of using parameters that is measured by a call of its own.
 
     Attributes:
-        kind: the function of `functional` that measured it.
-        weight: the parameter's name in the module, "" if there is none.
-        bias: likewise.
+        kind: the function of `functional` that measures it.
+        weight: the parameter's name in the module.
+        bias: likewise, "" if there is none.
         transposed: of a matrix, whether it is [I, O].
-        padding: of an embedding the row without gradient, or -1.
     """
 
     kind: str
     weight: str
     bias: str = ""
     transposed: bool = False
-    padding: int = -1
 
 
-class Uses:
-    """The last use of each parameter, as an attribute of its number.
+def uses_of(names: Sequence[str]) -> list[Use]:
+    """All that there can be of these parameters; of very many, without a bias."""
+    found = []
+    for name in names:
+        found += [Use("expand", name), Use("embedding", name)]
+        others = [other for other in names if other != name] if len(names) <= _MOST else []
+        for bias in ("", *others):
+            found += [Use("linear", name, bias, turned) for turned in (False, True)]
+            found.append(Use("normalisation", name, bias))
+    return found
+
+
+class Paddings:
+    """The row without gradient of each embedding, or -1, as an attribute of its number.
 
     A compiled forward pass sets attributes without looking at them; of a dictionary it would have a
     guard, and so another graph for the second call.
@@ -50,18 +64,16 @@ class Uses:
 class MeasuredFunctions(ObservedLayer):
     """What `ObservedModule` knows of functions: how to measure them, and their outputs again."""
 
-    _calls: dict[str, functional.Call]
-    _uses: Uses
+    _calls: dict[Use, functional.Call]
+    _uses: dict[int, Use]  # by the call's key
+    _paddings: Paddings
 
-    def _start(self, own: Own, x: Tensor) -> tuple[Any, ...]:
+    def _start(self, own: Own, use: Use, x: Tensor) -> tuple[Any, ...]:
         """(probe, coordinate probe, call) of a use of this parameter, with x [b, …]."""
-        probe, call = self.probe_and_call(x, self._calls[own.name])
+        probe, call = self.probe_and_call(x, self._calls[use])
         call = call._replace(counts=not own.call.counted)
         own.call.counted = True
         return probe, self._coordinate_probes.get(own.name), call
-
-    def _remember(self, use: Use) -> None:
-        setattr(self._uses, f"use{self.observed_parameters.index(use.weight)}", use)
 
     # Functions whose kernels measure. Each returns None where it is used in another way.
 
@@ -103,6 +115,8 @@ class MeasuredFunctions(ObservedLayer):
             return None
         own, turned = matrix
         shift = None if bias is None else self._own_matrix(values, bias)
+        if shift is not None and Use("linear", own.name, shift[0].name) not in self._calls:
+            shift = None
         if bias is not None and (shift is None or not shift[0].take()):
             y = self._linear_of(input, weight, None, own, None, turned, transposed)
             return values.apply(torch.add, y, bias)
@@ -126,8 +140,8 @@ class MeasuredFunctions(ObservedLayer):
         """x Wᵀ + bias, or x W + bias, of parameters that may be held transposed."""
         turned = turned != transposed
         of, name = self._coordinate_probes, "" if shift is None else shift.name
-        self._remember(Use("linear", own.name, name, turned))
-        probe, weight_probe, call = self._start(own, input)
+        use = Use("linear", own.name, name, turned)
+        probe, weight_probe, call = self._start(own, use, input)
         weight = weight.t() if transposed else weight
         if weight_probe is not None and turned:
             weight_probe = weight_probe.t()
@@ -147,7 +161,8 @@ class MeasuredFunctions(ObservedLayer):
             y = F.layer_norm(input, normalized_shape, None, None, eps)
             y = y if weight is None else values.apply(torch.mul, y, weight)
             return y if bias is None else values.apply(torch.add, y, bias)
-        probe, weight_probe, call = self._start(own[0], input)
+        use = Use("normalisation", own[0].name, own[1])
+        probe, weight_probe, call = self._start(own[0], use, input)
         bias_probe = self._coordinate_probes.get(own[1])
         return functional.layer_norm(
             input, normalized_shape, cast(Tensor, weight), bias, eps,
@@ -166,7 +181,8 @@ class MeasuredFunctions(ObservedLayer):
         if own is None:
             y = F.rms_norm(input, normalized_shape, None, eps)
             return values.apply(torch.mul, y, weight)
-        probe, weight_probe, call = self._start(own[0], input)
+        use = Use("normalisation", own[0].name)
+        probe, weight_probe, call = self._start(own[0], use, input)
         return functional.rms_norm(input, normalized_shape, weight, eps, probe, weight_probe, call)
 
     def _scale_and_shift(
@@ -186,11 +202,14 @@ class MeasuredFunctions(ObservedLayer):
             return None
         if scale.owner is not self or (isinstance(shift, Own) and shift.owner is not self):
             return None
+        if (
+            isinstance(shift, Own)
+            and Use("normalisation", scale.name, shift.name) not in self._calls
+        ):
+            return None
         if not scale.take() or (isinstance(shift, Own) and not shift.take()):
             return None
-        name = shift.name if isinstance(shift, Own) else ""
-        self._remember(Use("normalisation", scale.name, name))
-        return scale, name
+        return scale, shift.name if isinstance(shift, Own) else ""
 
     def measure_embedding(
         self,
@@ -211,45 +230,58 @@ class MeasuredFunctions(ObservedLayer):
         if not own.take():
             return None
         padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-        self._remember(Use("embedding", own.name, padding=padding))
+        setattr(self._paddings, f"row{self.observed_parameters.index(own.name)}", padding)
 
         def measure(tokens: Tensor) -> Tensor:
-            probe, weight_probe, call = self._start(own, tokens)
+            probe, weight_probe, call = self._start(own, Use("embedding", own.name), tokens)
             return functional.embedding(tokens, weight, padding_idx, probe, weight_probe, call)
 
         return measure_tokens(self, input, lambda: function(input, weight, padding_idx), measure)
 
     # After the backward pass.
 
-    def _use_of(self, call: functional.Call) -> Use:
-        (k,) = (k for k, own in enumerate(self._calls.values()) if own.key == call.key)
-        return getattr(self._uses, f"use{k}")
+    def takes(self, call: functional.Call, name: str) -> bool:
+        """See `ObservedLayer`."""
+        use = self._uses[call.key]
+        return name in (use.weight, use.bias)
+
+    def used_again(self, calls: Counter[int]) -> bool:
+        """See `ObservedLayer`."""
+        found = Counter[str]()
+        for key, number in calls.items():
+            if number and key in self._uses:
+                use = self._uses[key]
+                found.update({use.weight: number, use.bias: number if use.bias else 0})
+        return any(number > 1 for number in found.values())
 
     def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
         """See `ObservedLayer`."""
-        use = self._use_of(call)
-        if use.weight == name and use.kind in ("linear", "embedding") and not use.transposed:
-            return use.kind, use.padding
-        return "", -1
+        use = self._uses[call.key]
+        if use.weight != name or use.transposed or use.kind not in ("linear", "embedding"):
+            return "", -1
+        return use.kind, self._padding_of(use) if use.kind == "embedding" else -1
+
+    def _padding_of(self, use: Use) -> int:
+        return getattr(self._paddings, f"row{self.observed_parameters.index(use.weight)}")
 
     def respond(
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
     ) -> Tensor:
         """See `ObservedLayer`."""
-        use = self._use_of(call)
+        use = self._uses[call.key]
         weight, bias = params.get(use.weight), params.get(use.bias)
         if use.kind == "linear":
             weight = weight.t() if weight is not None and use.transposed else weight
             return linear_response(operands[0], weight, bias)
         if use.kind == "embedding":
-            return embedding_response(operands[0], params[use.weight], use.padding)
+            return embedding_response(operands[0], params[use.weight], self._padding_of(use))
         return affine_response(operands, weight, bias)
 
     def contract(
         self, call: functional.Call, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]
     ) -> Tensor:
         """See `ObservedLayer`."""
-        use = self._use_of(call)
+        use = self._uses[call.key]
         used = {name: p for name, p in params.items() if name in (use.weight, use.bias)}
         dtype = next(iter(params.values())).dtype
         if not used:
@@ -263,7 +295,7 @@ class MeasuredFunctions(ObservedLayer):
         self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
     ) -> dict[str, Tensor]:
         """See `ObservedLayer`."""
-        use, (grad, own) = self._use_of(call), (saved[-1], self.trainable())
+        use, (grad, own) = self._uses[call.key], (saved[-1], self.trainable())
         found = {n: grad.new_zeros(grad.shape[0], *own[n].shape) for n in names}
         used = [n for n in names if n in (use.weight, use.bias)]
         if use.kind == "expand":

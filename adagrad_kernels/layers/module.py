@@ -14,7 +14,7 @@ from .. import functional
 from ..faults import layer_name
 from .attempt import Attempt, in_checkpoint
 from .base import OWN_ATTRIBUTES, ObservedLayer, UnsupportedLayerError
-from .measured_functions import MeasuredFunctions, Use, Uses
+from .measured_functions import MeasuredFunctions, Paddings, Use, uses_of
 from .shared_sources import ModuleCall, Own, UnmeasuredUse
 from .shared_values import SharedValues
 
@@ -36,15 +36,19 @@ class ObservedModule(MeasuredFunctions, nn.Module):
         self._homes = _homes(self)
         self.observed_parameters = tuple(self._homes)
         super().attach(observer, name)
-        self._calls = {key: functional.Call(functional.listen(self)) for key in self._homes}
-        self._uses = Uses()
+        uses = uses_of(self.observed_parameters)
+        self._calls = {use: functional.Call(functional.listen(self)) for use in uses}
+        self._uses = {call.key: use for use, call in self._calls.items()}
+        self._paddings = Paddings()
         self._settled = False
         self.unused: dict[str, bool] = {}
-        self._constants = [
-            (module, key)
-            for module in self.modules()
-            if not type(module).__module__.startswith("torch.nn.")
-            for key in module._buffers
+        modules = [m for m in self.modules() if not type(m).__module__.startswith("torch.nn.")]
+        self._constants = [(m._buffers, key) for m in modules for key in m._buffers]
+        self._constants += [
+            (m.__dict__, key)
+            for m in modules
+            for key, t in vars(m).items()
+            if isinstance(t, Tensor)
         ]
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -108,8 +112,10 @@ class ObservedModule(MeasuredFunctions, nn.Module):
         """
         if outer is not None:
             return self._run(outer, own, args, kwargs)
-        buffers = [module._buffers[key] for module, key in self._constants]
-        values = SharedValues(_samples(args, kwargs), (b for b in buffers if b is not None))
+        constants = [of.get(key) for of, key in self._constants]
+        values = SharedValues(
+            _samples(args, kwargs), [t for t in constants if isinstance(t, Tensor)]
+        )
         self._observer.shared_values = values
         try:
             with values:
@@ -162,9 +168,8 @@ class ObservedModule(MeasuredFunctions, nn.Module):
         home, key = self._homes[own.name]
         p = home._parameters[key]
         assert p is not None
-        self._remember(Use("expand", own.name))
         x = p.detach().unsqueeze(0).expand(samples, *p.shape)
-        probe, weight_probe, call = self._start(own, x)
+        probe, weight_probe, call = self._start(own, Use("expand", own.name), x)
         return functional.expand(p, samples, probe, weight_probe, call)
 
 

@@ -25,6 +25,7 @@ class ObservedRecurrent(ObservedLayer, nn.RNNBase):
     the plain module does.
     """
 
+    in_parts = True
     observed_method = "direct, Gram (few positions); products of inputs and of states"
 
     def attach(self, observer: Any, name: str) -> None:

@@ -68,6 +68,7 @@ _RANDOM = _named("rand", "randn", "randint", "normal", "bernoulli", "multinomial
 _REFUSED = _named("as_strided", "as_strided_copy")
 """What looks at memory, of which a repetition has none of its own."""
 _HOOKS = _named("register_hook", "retain_grad")
+_FACTORIES = _named("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
 
 
 class SharedValues(TorchFunctionMode):
@@ -180,6 +181,7 @@ class SharedValues(TorchFunctionMode):
         """See `torch.overrides.TorchFunctionMode`."""
         kwargs = kwargs or {}
         shared, constant = self._look(args, kwargs)
+        constant = constant or func in _FACTORIES
         if not shared or not torch.is_grad_enabled() or func in _COMPARING:
             found = _run(func, args, kwargs)
             if self.taken is not None:
@@ -203,7 +205,7 @@ class SharedValues(TorchFunctionMode):
         others = [t for t in tensors if t.dim() and self.source(t) is None]
         if self.samples is None:
             self.samples = next((t.shape[0] for t in others if t.requires_grad), None)
-        met = [t for t in others if t.shape[0] == self.samples and not self.is_constant(t)]
+        met = [t for k, t in enumerate(others) if self._is_met(t, func, of[0], k)]
         writes = func in _WRITING or kwargs.get("inplace") is True
         if writes and (self.source(args[0]) is not None or not met or func is Tensor.__setitem__):
             raise UnmeasuredUse(f"{_name(func)} writes", owner)
@@ -226,18 +228,22 @@ class SharedValues(TorchFunctionMode):
             self.taken.update(id(t) for t in of if t.__class__ is nn.Parameter)
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, bool]:
-        """Whether a shared value is among the arguments, and if not, whether all are constants."""
+        """Whether a shared value is among the arguments, and whether all others are constants."""
         shared, constant = False, True
         for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, Tensor):
-                shared = shared or self.source(value) is not None
-                constant = constant and self.is_constant(value)
+                if self.source(value) is not None:
+                    shared = True
+                else:
+                    constant = constant and self.is_constant(value)
             elif value.__class__ is list or value.__class__ is tuple:
                 for part in value:
                     if isinstance(part, Tensor):
-                        shared = shared or self.source(part) is not None
-                        constant = constant and self.is_constant(part)
-        return shared, constant and not shared
+                        if self.source(part) is not None:
+                            shared = True
+                        else:
+                            constant = constant and self.is_constant(part)
+        return shared, constant
 
     def _add_constants(self, func: Callable[..., Any], found: Any) -> None:
         if func in _RANDOM:
@@ -253,9 +259,12 @@ class SharedValues(TorchFunctionMode):
         if any(t is captured for _, captured in self._captured):  # eager: see `Computed`
             owner = next(owner for owner, captured in self._captured if captured is t)
             raise UnmeasuredUse("what it was computed with is written to", owner)
-        if self.is_constant(t) and not by_constant:
-            self._constants = [constant for constant in self._constants if constant is not t]
-            self._constant_ids = self._constant_ids - {id(t)} if not self._compiling else set()
+        if by_constant:
+            return
+        base = None if self._compiling else t._base  # of a view
+        self._constants = [c for c in self._constants if c is not t and c is not base]
+        if not self._compiling:
+            self._constant_ids = {id(c) for c in self._constants}
 
     def _check_unwritten(self, tensors: list[Tensor], owner: Any) -> None:
         if self._compiling:
@@ -276,6 +285,7 @@ class SharedValues(TorchFunctionMode):
         several = isinstance(found, (tuple, list))
         outputs = list(found) if several else [found]
         if not any(isinstance(out, Tensor) and out.requires_grad for out in outputs):
+            self._add_constants(func, found)
             return found
         if self.source(found) is not None:  # float() of what is float already, and the like
             return found
@@ -300,26 +310,32 @@ class SharedValues(TorchFunctionMode):
             return None
         if value.dim() == out.dim() and value.shape[0] != 1:
             return None
-        if not self._follows(func, value, out.shape[0]):
+        source = self.source(value)
+        if source is None or not self._follows(source, (_name(func), value.shape), out.shape[0]):
             return None
         rows = self._rows(value, None, out.dim(), func)
         if func in _EXPANDING:
             return rows.expand(out.shape)
         return rows.repeat([out.shape[k] // rows.shape[k] for k in range(out.dim())])
 
-    def _follows(self, func: Callable[..., Any], value: Tensor, size: int) -> bool:
-        """Whether a repetition to so many follows the number of samples, as far as is known.
-
-        A dimension of heads, or of an image's rows, has the same size with any number of samples.
-        """
-        source, samples = self.source(value), self.samples
-        if size != samples and self._compiling:
+    def _is_met(self, t: Tensor, func: Callable[..., Any], source: Source, place: int) -> bool:
+        """Whether a tensor beside a shared value is samples."""
+        if self.is_constant(t):
             return False
-        if self._compiling or source is None:
-            return size == samples
-        seen = source.owner.repeated.setdefault((_name(func), value.shape), set())
-        seen.add((samples, size))
-        return size == samples and not any(s == size and n != samples for n, s in seen)
+        if t.requires_grad:
+            return t.shape[0] == self.samples
+        return self._follows(source, (_name(func), place, t.shape[1:]), t.shape[0])
+
+    def _follows(self, source: Source, where: tuple[Any, ...], size: int) -> bool:
+        """Whether a size there is the number of samples, and follows it as far as is known.
+
+        Heads, an image's rows, positions: there are as many of them with any number of samples.
+        """
+        if self._compiling:
+            return size == self.samples
+        seen = source.owner.sizes.setdefault(where, set())
+        seen.add((self.samples, size))
+        return size == self.samples and not any(s == size and n != self.samples for n, s in seen)
 
     def _meet(
         self,

@@ -14,6 +14,7 @@ from ..recorder import outside_graphs
 from .base import check_max_grad_norm
 from .cycle import BatchCycle, check_criterion
 from .cycled import Cycled, check_state
+from .rows import refuse_sparse
 
 
 class AdaptiveBatch(Cycled):
@@ -67,6 +68,8 @@ class AdaptiveBatch(Cycled):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
         check_criterion(criterion)
+        if max_grad_norm is not None:
+            refuse_sparse(model, "AdaptiveBatch(max_grad_norm=…)")
         if criterion is not None and "accumulators" in criterion.needs:
             raise ValueError(f"{criterion!r} needs the accumulators of AdAdaGrad or AdAdaGradNorm")
         self.cycle = BatchCycle(model, criterion, batch_size, max_batch_size, **controller)

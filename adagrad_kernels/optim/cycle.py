@@ -19,6 +19,7 @@ from ..observer import Observer, observe
 from ..selfcheck import parameter_name, parameters_with_grad
 from ..statistics import GradientStatistics
 from ..workers import WorkerObserver
+from .rows import refuse_sparse
 
 logger = logging.getLogger("adagrad_kernels")
 
@@ -65,6 +66,8 @@ class BatchCycle:
         self.criterion = criterion if criterion is not None else NormTest(0.1)
         stateful = isinstance(self.criterion, StatefulCriterion)
         self._memory = cast(StatefulCriterion, self.criterion) if stateful else None
+        if "workers" in self.criterion.needs:
+            refuse_sparse(model, "WorkerNormTest")
         self.observer: Observer | WorkerObserver
         if observe_layers is not None and self.criterion.needs & {"workers", "loss"}:
             raise ValueError(f"{self.criterion!r} needs all layers: leave observe_layers out")

@@ -22,6 +22,7 @@ from ..functional import Call
 from ..layers import ObservedLayer
 from ..selfcheck import parameter_name
 from .base import AdaptiveAdagrad, Updated
+from .rows import refuse_sparse
 
 _COMPILED = (
     'update="in_backward" cannot run in a compiled model: it must see the backward pass of the '
@@ -285,12 +286,8 @@ def check_supported(optimizer: AdaptiveAdagrad, model: nn.Module) -> None:
             'update="in_backward" cannot clip: the norm of the gradient is not known before the '
             "backward pass ends"
         )
-    for name, module in model.named_modules():
-        if getattr(module, "sparse", False) is True:
-            raise ValueError(
-                f'update="in_backward" takes no sparse gradients: build layer {name!r} with '
-                'sparse=False, or update="after_backward"'
-            )
+    refuse_sparse(model, 'update="in_backward"')
+    for module in model.modules():
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl:
             raise ValueError(_COMPILED)
     for name, p in model.named_parameters():

@@ -16,6 +16,7 @@ from ..distributed import Group, Ranks
 from ..recorder import outside_graphs
 from ..statistics import GradientStatistics
 from .cycled import check_state
+from .rows import refuse_sparse
 
 
 class LocalAdaptiveBatch:
@@ -90,6 +91,7 @@ class LocalAdaptiveBatch:
                 f"LocalAdaptiveBatch measures mean gradients of workers only, which {criterion!r} "
                 "does not take: use WorkerNormTest"
             )
+        refuse_sparse(model, "LocalAdaptiveBatch")
         self.model, self.optimizer, self.local_steps = model, optimizer, local_steps
         self.criterion = criterion
         self.controller = BatchSizeController(batch_size, max_batch_size, **controller)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Work(NamedTuple):
@@ -61,3 +61,12 @@ def touched(work: list[Work]) -> tuple[list[Work], list[Rows]]:
         sparse.append(Rows(w, rows, index))
         dense.append(rows)
     return dense, sparse
+
+
+def refuse_sparse(model: nn.Module, what: str) -> None:
+    """Raises ValueError if a layer of the model has sparse gradients."""
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise ValueError(
+                f"{what} takes no sparse gradients: build layer {name!r} with sparse=False"
+            )
