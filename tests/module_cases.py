@@ -212,6 +212,20 @@ MODULE_CASES = {
     "own-linear": own(lambda m, x: F.linear(x, m.p0, m.p1), (5, 5), (5,)),
     "own-matrix": own(lambda m, x: x @ m.p0, (5, 5)),
     "own-matrix-transposed": own(lambda m, x: x @ m.p0.t() + m.p1, (5, 5), (5,)),
+    "own-keywords": own(
+        lambda m, x: torch.add(
+            input=F.layer_norm(input=x, normalized_shape=(5,), weight=m.p0, bias=m.p1),
+            other=F.linear(input=x, weight=m.p2),
+        ),
+        (5,), (5,), (5, 5),
+    ),
+    "own-keyword-table": Case(
+        lambda: nn.Sequential(
+            Own(lambda m, x: F.embedding(input=x, weight=m.p0, padding_idx=2), (11, 5)),
+            nn.Linear(5, 3),
+        ),
+        (6, 4), tokens=True, fallback="vmap",
+    ),
     "own-linear-transposed": own(lambda m, x: F.linear(x, m.p0.t()), (5, 5)),
     "own-mix": own(mixed, (5,), (1, 1, 5)),
     "own-in-place": own(lambda m, x: x.clone().add_(m.p0).sub_(m.p1), (5,), (4, 1)),

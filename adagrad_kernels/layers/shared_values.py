@@ -180,6 +180,7 @@ class SharedValues(TorchFunctionMode):
     ) -> Any:
         """See `torch.overrides.TorchFunctionMode`."""
         kwargs = kwargs or {}
+        first = args[0] if args else next(iter(kwargs.values()), None)
         shared, constant = self._look(args, kwargs)
         constant = constant or func in _FACTORIES
         if not shared or not torch.is_grad_enabled() or func in _COMPARING:
@@ -188,17 +189,20 @@ class SharedValues(TorchFunctionMode):
                 self._note_parameters(args, kwargs, found)
             if constant:
                 self._add_constants(func, found)
-            if not shared and func in _WRITING:
-                self._note_written(args[0], constant)
+            if not shared and func in _WRITING and isinstance(first, Tensor):
+                self._note_written(first, constant)
             return found
-        if func is F.embedding and isinstance(own := self.source(args[1]), Own):
-            found = own.owner.measure_embedding(self, func, *args, **kwargs)
+        table = None
+        if func is F.embedding:
+            table = self.source(args[1] if len(args) > 1 else kwargs["weight"])
+        if isinstance(table, Own):
+            found = table.owner.measure_embedding(self, func, *args, **kwargs)
             if found is not None:
                 return found
-        if func in _LIKE and self.source(args[0]) is None:
+        if func in _LIKE and self.source(first) is None:
             return func(*args, **kwargs)
         if self.taken is not None:
-            self._note_parameters(args, kwargs, args[0])
+            self._note_parameters(args, kwargs, first)
         tensors = list(_tensors(args, kwargs))
         of = [source for t in tensors if (source := self.source(t)) is not None]
         owner = of[0].owner
@@ -207,7 +211,7 @@ class SharedValues(TorchFunctionMode):
             self.samples = next((t.shape[0] for t in others if t.requires_grad), None)
         met = [t for k, t in enumerate(others) if self._is_met(t, func, of[0], k)]
         writes = func in _WRITING or kwargs.get("inplace") is True
-        if writes and (self.source(args[0]) is not None or not met or func is Tensor.__setitem__):
+        if writes and (self.source(first) is not None or not met or func is Tensor.__setitem__):
             raise UnmeasuredUse(f"{_name(func)} writes", owner)
         if func in _REFUSED or (func in _HOOKS and not isinstance(of[0], Own)):
             raise UnmeasuredUse(f"{_name(func)} is used", owner)
@@ -305,9 +309,9 @@ class SharedValues(TorchFunctionMode):
 
     def _grown(self, func: Callable[..., Any], args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         """For a value that is explicitly repeated for each sample: that, measured."""
-        value = args[0]
-        if func not in _EXPANDING and func not in _REPEATING:
+        if (func not in _EXPANDING and func not in _REPEATING) or not args:
             return None
+        value = args[0]
         if value.dim() == out.dim() and value.shape[0] != 1:
             return None
         source = self.source(value)
