@@ -150,7 +150,7 @@ class ObservedLayer:
             of their operands.
         takes_positions: of an embedding, whether its indices are shared by all samples, once that
             is known.
-        sizes: where values computed of its parameters met others, or were repeated: (number of
+        observed_sizes: where values computed of its parameters met others, or were repeated: (number of
             samples, size of dimension 0) so far.
         seen: the last input of each of its calls (eager mode), by the call's key.
     """
@@ -163,7 +163,7 @@ class ObservedLayer:
     notifies_from_graphs: bool
     seen: dict[int, Seen]
     takes_positions: bool | None = None
-    sizes: dict[Any, set[tuple[int | None, int]]]
+    observed_sizes: dict[Any, set[tuple[int | None, int]]]
     _parameters: dict[str, nn.Parameter | None]  # of the module
 
     @classmethod
@@ -192,7 +192,7 @@ class ObservedLayer:
         self._coordinate_probes: dict[str, Tensor] = {}
         self.seen = {}
         self.takes_positions = None
-        self.sizes = {}
+        self.observed_sizes = {}
         self.notifies_from_graphs = False
         self.observed_name = name
 
@@ -363,9 +363,9 @@ OWN_ATTRIBUTES = (
     "_settled",
     "_single",
     "_constants",
-    "unused",
+    "observed_unused",
     "takes_positions",
-    "sizes",
+    "observed_sizes",
     "_uses",
     "_paddings",
     "observed_name",

@@ -41,7 +41,7 @@ class ObservedModule(MeasuredFunctions, nn.Module):
         self._uses = {call.key: use for use, call in self._calls.items()}
         self._paddings = Paddings()
         self._settled = False
-        self.unused: dict[str, bool] = {}
+        self.observed_unused: dict[str, bool] = {}
         modules = [m for m in self.modules() if not type(m).__module__.startswith("torch.nn.")]
         self._constants = [(m._buffers, key) for m in modules for key in m._buffers]
         self._constants += [
@@ -181,10 +181,10 @@ def _check_seen(own: list[Own]) -> None:
     """
     if not torch.compiler.is_compiling():
         for source in own:
-            source.owner.unused[source.name] = not source.used
+            source.owner.observed_unused[source.name] = not source.used
         return
     for source in own:
-        if not source.used and not source.owner.unused.get(source.name):
+        if not source.used and not source.owner.observed_unused.get(source.name):
             raise UnmeasuredUse(
                 f"the compiler does not show what becomes of {source.name}: write weight.t() for "
                 "weight.T; if unused, run one forward pass before compiling", source.owner,

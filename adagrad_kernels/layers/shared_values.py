@@ -337,7 +337,7 @@ class SharedValues(TorchFunctionMode):
         """
         if self._compiling:
             return size == self.samples
-        seen = source.owner.sizes.setdefault(where, set())
+        seen = source.owner.observed_sizes.setdefault(where, set())
         seen.add((self.samples, size))
         return size == self.samples and not any(s == size and n != self.samples for n, s in seen)
 
