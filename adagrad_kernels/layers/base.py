@@ -150,8 +150,8 @@ class ObservedLayer:
             of their operands.
         takes_positions: of an embedding, whether its indices are shared by all samples, once that
             is known.
-        observed_sizes: where values computed of its parameters met others, or were repeated: (number of
-            samples, size of dimension 0) so far.
+        observed_sizes: where values computed of its parameters met others, or were repeated:
+            (number of samples, size of dimension 0) so far.
         seen: the last input of each of its calls (eager mode), by the call's key.
     """
 
