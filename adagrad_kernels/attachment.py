@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .faults import layer_name
 from .layers import (
     OBSERVED,
+    PARAMETER_LISTS,
     TRUSTED,
     ObservedEmbedding,
     ObservedLayer,
@@ -208,9 +209,10 @@ def _of_layers_inside(module: nn.Module) -> set[nn.Parameter]:
 
 
 def _lists_in(name: str, module: nn.Module) -> list[str]:
-    lists = (nn.ParameterList, nn.ParameterDict)
     return [
-        f"{name}.{key}".lstrip(".") for key, m in module.named_children() if isinstance(m, lists)
+        f"{name}.{key}".lstrip(".")
+        for key, child in module.named_children()
+        if isinstance(child, PARAMETER_LISTS)
     ]
 
 

@@ -25,7 +25,8 @@ the numbers in the input, in the output and in the weight:
 Which of them is chosen is asked of the kernels themselves. Scales and shifts of C channels
 (normalisations, PReLU) take 3·b·C operations each, 4 with coordinate sums, against 1 to 3 for each
 number of the layer's input; the normalisation is not counted. An embedding takes 2·b·T·D, 3 with
-coordinate sums, at most: repeated tokens of a sample count once. Inner products take one more
+coordinate sums, at most: repeated tokens of a sample count once; for an EmbeddingBag its rows and
+their gradients are written and read, too. Inner products take one more
 forward pass and 2·Y operations. 16-bit operands are converted to float32 on the CPU.
 
 Left out: the samples' norms themselves, cross terms of tied weights, all but the last call of a

@@ -96,7 +96,7 @@ class Recorder:
         self._to_explain: tuple[list[ObservedCall], Tensor] | None = None
         self._had_grads = False
         self.updater: Updater | None = None
-        self.shared_values: SharedValues | None = None  # of the innermost module that runs
+        self.shared_values: SharedValues | None = None  # of a forward pass that is watched
         self._task = -1  # the backward pass that _calls belong to
         self._collected_task = -1  # the last one whose probe was collected
         self._noted: Noted | None = None

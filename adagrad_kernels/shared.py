@@ -68,7 +68,7 @@ def cross_terms(
     sums = norms.new_zeros(parameter.shape) if coordinates else None
     for a, b in combinations(uses, 2):
         if a.by.layer is b.by.layer and a.by.layer.in_parts and a.by.call.key != b.by.call.key:
-            continue
+            continue  # different parts of the parameter
         if sums is None and _factors(a)[0] and _factors(b)[0]:
             norms += 2 * _products(a, b, dtype)
         else:

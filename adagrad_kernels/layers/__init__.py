@@ -20,7 +20,13 @@ from .embedding import ObservedEmbedding
 from .embedding_bag import ObservedEmbeddingBag
 from .fallback import ObservedFallback, fallback_class
 from .linear import ObservedConv1D, ObservedLinear
-from .module import ObservedModule, module_class, own_parameters, refusal_of
+from .module import (
+    PARAMETER_LISTS,
+    ObservedModule,
+    module_class,
+    own_parameters,
+    refusal_of,
+)
 from .normalisation import (
     ObservedBatchNorm1d,
     ObservedBatchNorm2d,
@@ -91,6 +97,7 @@ def observed_class(plain: type[nn.Module]) -> type[ObservedLayer] | None:
 
 __all__ = [
     "OBSERVED",
+    "PARAMETER_LISTS",
     "TRUSTED",
     "ObservedEmbedding",
     "ObservedFallback",

@@ -178,7 +178,7 @@ class ObservedLayer:
 
     @property
     def shared_values(self) -> SharedValues | None:
-        """What watches the innermost module whose forward pass runs, see `ObservedModule`."""
+        """What watches the forward pass, if a module around this layer has begun to."""
         return self._observer.shared_values
 
     def detach(self) -> None:
@@ -189,6 +189,7 @@ class ObservedLayer:
         """Called by the observer after the class was exchanged."""
         self._observer = observer
         self._call = functional.Call(functional.listen(self))
+        self._calls: dict[Any, functional.Call] = {}  # of layers with several
         self._coordinate_probes: dict[str, Tensor] = {}
         self.seen = {}
         self.takes_positions = None
@@ -207,8 +208,7 @@ class ObservedLayer:
 
     def call_keys(self) -> set[int]:
         """Those of its calls."""
-        calls = (self._call, *getattr(self, "_calls", {}).values())
-        return {call.key for call in calls}
+        return {self._call.key, *(call.key for call in self._calls.values())}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters that require grad, by their name in the layer.
@@ -291,7 +291,8 @@ class ObservedLayer:
 
     def used_again(self, calls: Counter[int]) -> bool:
         """Whether one of its parameters is used more than once by these calls, by their keys."""
-        return any(calls[key] > 1 for key in self.call_keys())
+        several = self._calls and any(calls[call.key] > 1 for call in self._calls.values())
+        return calls[self._call.key] > 1 or bool(several)
 
     def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
         """Whether c_i of this parameter is Σ_t u_t v_tᵀ in this call, for cross terms.

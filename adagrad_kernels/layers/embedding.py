@@ -15,20 +15,20 @@ from .shared_sources import Once
 from .shared_values import SharedValues
 
 
-class ObservedEmbedding(ObservedLayer, nn.Embedding):
-    """An embedding that measures; dimension 0 of its indices counts the samples.
-
-    Other indices are positions, [T], [1, T] or [T, T]: they measure where they meet the samples,
-    in the module around this one.
-    """
+class ObservedTable(ObservedLayer):
+    """What `ObservedEmbedding` and `ObservedEmbeddingBag` share: rows of a weight, by tokens."""
 
     observed_parameters = ("weight",)
     observed_method = "sorted tokens"
+    weight: Tensor
+    padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+    sparse: bool
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str:
         """See `ObservedLayer`."""
-        assert isinstance(module, nn.Embedding)
         if module.scale_grad_by_freq:
             return (
                 "scale_grad_by_freq=True: it divides by counts over the whole batch, so that no "
@@ -36,21 +36,16 @@ class ObservedEmbedding(ObservedLayer, nn.Embedding):
             )
         return ""
 
-    @unwatched
-    def forward(self, input: Tensor) -> Tensor:
-        """The rows of the weight that the indices name."""
-        if not self.measures():
-            return super().forward(input)
+    def renormalise(self, indices: Tensor) -> None:
+        """Scales the rows that are too long, as `max_norm` asks for."""
         if self.max_norm is not None:
             with torch.no_grad():
                 torch.embedding_renorm_(
-                    self.weight.detach(), input.contiguous(), self.max_norm, self.norm_type
+                    self.weight.detach(), indices.contiguous(), self.max_norm, self.norm_type
                 )
-        return measure_tokens(
-            self, input, lambda: F.embedding(input, self.weight, self.padding_idx), self._measure
-        )
 
-    def _measure(self, tokens: Tensor) -> Tensor:
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        """The rows of tokens [b, T, …], measured."""
         probe, weight_probe, _, call = self.probes(tokens)
         return functional.embedding(
             tokens, self.weight, self.padding_idx, probe, weight_probe, call, self.sparse
@@ -65,6 +60,24 @@ class ObservedEmbedding(ObservedLayer, nn.Embedding):
     ) -> Tensor:
         """See `ObservedLayer`."""
         return embedding_response(operands[0], params["weight"], self.factors(call, "weight")[1])
+
+
+class ObservedEmbedding(ObservedTable, nn.Embedding):
+    """An embedding that measures; dimension 0 of its indices counts the samples.
+
+    Other indices are positions, [T], [1, T] or [T, T]: they measure where they meet the samples,
+    in the module around this one.
+    """
+
+    @unwatched
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows of the weight that the indices name."""
+        if not self.measures():
+            return super().forward(input)
+        self.renormalise(input)
+        return measure_tokens(
+            self, input, lambda: F.embedding(input, self.weight, self.padding_idx), self.rows_of
+        )
 
 
 def embedding_response(indices: Tensor, weight: Tensor, padding: int) -> Tensor:

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from .base import ObservedLayer, unwatched
-from .embedding import embedding_response
+from .base import unwatched
+from .embedding import ObservedTable
 
 
-class ObservedEmbeddingBag(ObservedLayer, nn.EmbeddingBag):
+class ObservedEmbeddingBag(ObservedTable, nn.EmbeddingBag):
     """A bag of embeddings that measures; each bag is a sample.
 
     An embedding [b, L, D], where L is the longest bag, and its sum, mean or maximum over L: more
     memory than the plain layer takes, which forms the sums alone.
     """
-
-    observed_parameters = ("weight",)
-    observed_method = "sorted tokens"
-
-    @classmethod
-    def refusal(cls, module: nn.Module) -> str:
-        """See `ObservedLayer`."""
-        assert isinstance(module, nn.EmbeddingBag)
-        if module.scale_grad_by_freq:
-            return (
-                "scale_grad_by_freq=True: it divides by counts over the whole batch, so that no "
-                "sample has a gradient of its own"
-            )
-        return ""
 
     @unwatched
     def forward(
@@ -49,15 +31,8 @@ class ObservedEmbeddingBag(ObservedLayer, nn.EmbeddingBag):
         if not self.measures():
             return super().forward(input, offsets, per_sample_weights)
         tokens, weights, inside = self._bags(input, offsets, per_sample_weights)
-        if self.max_norm is not None:
-            with torch.no_grad():
-                torch.embedding_renorm_(
-                    self.weight.detach(), input.contiguous(), self.max_norm, self.norm_type
-                )
-        probe, weight_probe, _, call = self.probes(tokens)
-        rows = functional.embedding(
-            tokens, self.weight, self.padding_idx, probe, weight_probe, call, self.sparse
-        )
+        self.renormalise(input)
+        rows = self.rows_of(tokens)
         if self.padding_idx is not None:
             padding = tokens == self.padding_idx
             inside = ~padding if inside is None else inside & ~padding
@@ -118,16 +93,6 @@ class ObservedEmbeddingBag(ObservedLayer, nn.EmbeddingBag):
         if weights is not None:
             weights = weights.new_zeros(inside.shape).index_put((inside,), weights[where])
         return tokens, weights, inside
-
-    def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
-        """See `ObservedLayer`."""
-        return "embedding", -1 if self.padding_idx is None else self.padding_idx
-
-    def respond(
-        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
-    ) -> Tensor:
-        """See `ObservedLayer`; the output of the embedding."""
-        return embedding_response(operands[0], params["weight"], self.factors(call, "weight")[1])
 
 
 def _maxima(rows: Tensor, inside: Tensor | None) -> Tensor:

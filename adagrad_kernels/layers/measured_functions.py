@@ -21,7 +21,6 @@ from .shared_values import SharedValues
 _RMS_NORMS = {F.rms_norm, torch.rms_norm}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm}
 
-
 _MOST = 32  # parameters, of which pairs are made
 
 
@@ -64,7 +63,6 @@ class Paddings:
 class MeasuredFunctions(ObservedLayer):
     """What `ObservedModule` knows of functions: how to measure them, and their outputs again."""
 
-    _calls: dict[Use, functional.Call]
     _uses: dict[int, Use]  # by the call's key
     _paddings: Paddings
 
@@ -202,14 +200,12 @@ class MeasuredFunctions(ObservedLayer):
             return None
         if scale.owner is not self or (isinstance(shift, Own) and shift.owner is not self):
             return None
-        if (
-            isinstance(shift, Own)
-            and Use("normalisation", scale.name, shift.name) not in self._calls
-        ):
+        name = shift.name if isinstance(shift, Own) else ""
+        if Use("normalisation", scale.name, name) not in self._calls:
             return None
         if not scale.take() or (isinstance(shift, Own) and not shift.take()):
             return None
-        return scale, shift.name if isinstance(shift, Own) else ""
+        return scale, name
 
     def measure_embedding(
         self,
@@ -248,10 +244,9 @@ class MeasuredFunctions(ObservedLayer):
     def used_again(self, calls: Counter[int]) -> bool:
         """See `ObservedLayer`."""
         found = Counter[str]()
-        for key, number in calls.items():
-            if number and key in self._uses:
-                use = self._uses[key]
-                found.update({use.weight: number, use.bias: number if use.bias else 0})
+        for key in self._uses.keys() & calls.keys():
+            for name in filter(None, (self._uses[key].weight, self._uses[key].bias)):
+                found[name] += calls[key]
         return any(number > 1 for number in found.values())
 
     def factors(self, call: functional.Call, name: str) -> tuple[str, int]:

@@ -18,7 +18,8 @@ from .measured_functions import MeasuredFunctions, Paddings, Use, uses_of
 from .shared_sources import ModuleCall, Own, UnmeasuredUse
 from .shared_values import SharedValues
 
-_LISTS = (nn.ParameterList, nn.ParameterDict)
+PARAMETER_LISTS = (nn.ParameterList, nn.ParameterDict)
+"""Modules without a forward pass, whose parameters belong to the module around them."""
 
 
 class ObservedModule(MeasuredFunctions, nn.Module):
@@ -200,7 +201,7 @@ def _homes(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """By the name in the module: where a parameter is, and under which key."""
     found = {key: (module, key) for key, p in module._parameters.items() if p is not None}
     for name, child in module._modules.items():
-        if isinstance(child, _LISTS):
+        if isinstance(child, PARAMETER_LISTS):
             found |= {f"{name}.{key}": home for key, home in _homes(child).items()}
     return found
 

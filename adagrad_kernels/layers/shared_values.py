@@ -9,8 +9,9 @@ value is repeated for each sample by a call that measures (`functional.expand`; 
 before (`1 + weight.float()`) is computed again from its repetition, by `torch.func.vmap`.
 
 The outermost such module begins the watch, which all modules in it share. It knows constants, too:
-buffers, and what is computed of nothing else (`torch.arange`, masks). They are no samples, though
-they may have as many rows. Everything else with b rows is.
+buffers, tensors that are attributes, and what is computed of nothing else (`torch.arange`, masks).
+They are no samples, though they may have as many rows. Everything else with b rows is, unless it
+had as many with another b.
 
 The forward pass computes the same numbers, and runs once (dropout of a shared value is drawn once
 more). `torch.compile(fullgraph=True)` takes it.
@@ -69,6 +70,7 @@ _REFUSED = _named("as_strided", "as_strided_copy")
 """What looks at memory, of which a repetition has none of its own."""
 _HOOKS = _named("register_hook", "retain_grad")
 _FACTORIES = _named("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+"""They make constants, whatever tensor they are called on."""
 
 
 class SharedValues(TorchFunctionMode):
@@ -185,8 +187,7 @@ class SharedValues(TorchFunctionMode):
         constant = constant or func in _FACTORIES
         if not shared or not torch.is_grad_enabled() or func in _COMPARING:
             found = _run(func, args, kwargs)
-            if self.taken is not None:
-                self._note_parameters(args, kwargs, found)
+            self._note_parameters(args, kwargs, found)
             if constant:
                 self._add_constants(func, found)
             if not shared and func in _WRITING and isinstance(first, Tensor):
@@ -201,8 +202,7 @@ class SharedValues(TorchFunctionMode):
                 return found
         if func in _LIKE and self.source(first) is None:
             return func(*args, **kwargs)
-        if self.taken is not None:
-            self._note_parameters(args, kwargs, first)
+        self._note_parameters(args, kwargs, first)
         tensors = list(_tensors(args, kwargs))
         of = [source for t in tensors if (source := self.source(t)) is not None]
         owner = of[0].owner
@@ -234,19 +234,11 @@ class SharedValues(TorchFunctionMode):
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, bool]:
         """Whether a shared value is among the arguments, and whether all others are constants."""
         shared, constant = False, True
-        for value in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(value, Tensor):
-                if self.source(value) is not None:
-                    shared = True
-                else:
-                    constant = constant and self.is_constant(value)
-            elif value.__class__ is list or value.__class__ is tuple:
-                for part in value:
-                    if isinstance(part, Tensor):
-                        if self.source(part) is not None:
-                            shared = True
-                        else:
-                            constant = constant and self.is_constant(part)
+        for t in _tensors(args, kwargs):
+            if self.source(t) is not None:
+                shared = True
+            else:
+                constant = constant and self.is_constant(t)
         return shared, constant
 
     def _add_constants(self, func: Callable[..., Any], found: Any) -> None:
@@ -358,10 +350,8 @@ class SharedValues(TorchFunctionMode):
                     return found
         joins = func in _JOINING and (kwargs.get("dim", args[1] if len(args) > 1 else 0)) != 0
         if func not in _BROADCASTING and not joins:
-            what = (
-                "dim=0 joins samples" if func in _JOINING else "is not among those that are known"
-            )
-            raise UnmeasuredUse(f"{_name(func)} {what}", owners[0])
+            why = "joins samples" if func in _JOINING else "is not among those that are known"
+            raise UnmeasuredUse(f"{_name(func)} {why}", owners[0])
         dims = max([t.dim() for t in met])
         floating = [t.dtype for t in met if t.is_floating_point()]
         dtype = floating[0] if floating else None

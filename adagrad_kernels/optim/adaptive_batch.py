@@ -14,7 +14,7 @@ from ..recorder import outside_graphs
 from .base import check_max_grad_norm
 from .cycle import BatchCycle, check_criterion
 from .cycled import Cycled, check_state
-from .rows import refuse_sparse
+from .work import refuse_sparse
 
 
 class AdaptiveBatch(Cycled):

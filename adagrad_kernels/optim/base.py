@@ -17,7 +17,7 @@ from ..reductions import pooled, unscaled
 from ..selfcheck import parameter_name
 from .cycle import BatchCycle, named_trainable
 from .cycled import Cycled, check_state
-from .rows import Work, touched
+from .work import Work, touched
 
 OPTIONS = ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
 

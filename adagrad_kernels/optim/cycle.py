@@ -19,7 +19,7 @@ from ..observer import Observer, observe
 from ..selfcheck import parameter_name, parameters_with_grad
 from ..statistics import GradientStatistics
 from ..workers import WorkerObserver
-from .rows import refuse_sparse
+from .work import refuse_sparse
 
 logger = logging.getLogger("adagrad_kernels")
 

@@ -22,7 +22,7 @@ from ..functional import Call
 from ..layers import ObservedLayer
 from ..selfcheck import parameter_name
 from .base import AdaptiveAdagrad, Updated
-from .rows import refuse_sparse
+from .work import refuse_sparse
 
 _COMPILED = (
     'update="in_backward" cannot run in a compiled model: it must see the backward pass of the '

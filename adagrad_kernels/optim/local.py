@@ -16,7 +16,7 @@ from ..distributed import Group, Ranks
 from ..recorder import outside_graphs
 from ..statistics import GradientStatistics
 from .cycled import check_state
-from .rows import refuse_sparse
+from .work import refuse_sparse
 
 
 class LocalAdaptiveBatch:

@@ -1,7 +1,7 @@
-"""Sparse gradients: the rows of a parameter that a batch has touched, updated by themselves.
+"""What an update works on: parameters, or of those with sparse gradients the touched rows.
 
 AdaGrad does not move a coordinate whose gradient is 0, and neither does its accumulator, so that
-the update of the touched rows is the update of the whole parameter: exact, as in
+the update of the rows that a batch has touched is the update of the whole parameter: exact, as in
 `torch.optim.Adagrad`, for U·D instead of V·D numbers.
 """
 
