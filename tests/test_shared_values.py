@@ -1,7 +1,6 @@
 """What the watch of a forward pass tells apart: samples, constants, shared values."""
 
 import copy
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -9,47 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layer_cases import between
-from module_cases import Own, Positions, Relative
-from per_sample import per_sample
+from module_cases import (
+    Own,
+)
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from watched import Known, check, loss
 
 import adagrad_kernels as ak
-from adagrad_kernels.layers import ObservedFallback, ObservedModule
-
-
-class Known(Own):
-    """Of the package that is watched unasked: there is no vmap to fall back on."""
-
-    __module__ = "transformers.models.own"
-
-    def __init__(
-        self, forward: Callable[..., Tensor], *shapes: tuple[int, ...], **buffers: Tensor
-    ) -> None:
-        super().__init__(forward, *shapes)
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-
-
-def loss(y: Tensor) -> Tensor:
-    return y.sin().flatten(1).sum(1).mean()
-
-
-def check(model: nn.Module, sizes: tuple[int, ...], device: torch.device, **options: Any) -> None:
-    """Exact with these numbers of samples [7, 5], one after the other."""
-    observer = ak.observe(model, coordinates=True, inner_products=True, **options)
-    for samples in sizes:
-        x = torch.randn(samples, 7, 5, device=device, dtype=torch.float64)
-        model.zero_grad()
-        observer.reset()
-        loss(model(x)).backward()
-        s, truth = observer.statistics(), per_sample(model, loss, x)
-        assert_close(s.sample_norms_sq, truth.norms_sq)
-        assert_close(s.inner_products, truth.inner_products)
-        if samples > 1:
-            assert_close(s.coordinate_variance, truth.by_parameter(truth.coordinate_variance))
-    observer.detach()
 
 
 def with_frozen_table() -> Known:
@@ -70,6 +36,8 @@ def arange(m: Known, x: Tensor) -> Tensor:
 
 
 SPREAD = torch.randn(9, 5, dtype=torch.float64)
+
+
 CONSTANT: dict[str, Callable[[], Known]] = {
     "buffer": lambda: Known(lambda m, x: x + m.p0 * m.pe[: x.shape[1]], (5,), pe=SPREAD.clone()),
     "buffer-product": lambda: Known(
@@ -88,6 +56,55 @@ CONSTANT: dict[str, Callable[[], Known]] = {
 @pytest.mark.parametrize("name", CONSTANT)
 def test_constants_with_as_many_rows_as_samples(name: str, device: torch.device) -> None:
     check(between(CONSTANT[name](), 5).to(device).double(), (7, 4, 7, 1), device)
+
+
+@pytest.mark.parametrize(
+    ("what", "first"),  # in a first batch of as many, nothing tells what an argument is: limits.md
+    [
+        ("attribute", 5),
+        ("attribute", 3),
+        ("new", 5),
+        ("detached", 5),
+        ("argument", 3),
+        ("random", 3),
+    ],
+)
+def test_other_things_with_as_many_rows_as_samples(
+    what: str, first: int, device: torch.device
+) -> None:
+    """Attributes, and what is made of them, are constants; of others, sizes are evidence."""
+
+    class Distances(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.slope, self.table = nn.Parameter(torch.randn(())), nn.Parameter(torch.randn(5, 1))
+            self.fixed = torch.randn(5, 5, dtype=torch.float64, device=device)
+
+        def forward(self, x: Tensor, given: Tensor) -> Tensor:
+            h = self.inner(x)
+            spread = {
+                "attribute": self.fixed,
+                "argument": given,
+                "new": h.new_full((5, 5), 2.0).tril(),
+                "random": torch.rand(5, 5, dtype=x.dtype, device=x.device) * 0 + given,
+                "detached": self.table.detach() * self.fixed,
+            }[what]
+            scores = h @ h.mT + self.slope * spread
+            return self.head(scores.softmax(-1) @ h) + self.table.sum()
+
+    model = Distances().to(device).double()
+    plain, given = copy.deepcopy(model), torch.randn(5, 5, dtype=torch.float64, device=device)
+    observer = ak.observe(model, fallback="vmap")
+    for samples in (first, 5, 6, 5):
+        model.zero_grad()
+        observer.reset()
+        x = torch.randn(samples, 5, 4, device=device, dtype=torch.float64)
+        loss(model(x, given)).backward()
+        for row, norm in zip(x, observer.statistics().sample_norms_sq, strict=True):
+            plain.zero_grad()
+            loss(plain(row.unsqueeze(0), given)).backward()
+            assert_close(sum(p.grad.square().sum() for p in plain.parameters()), norm)
 
 
 def test_repeated_to_as_many_heads_as_samples(device: torch.device) -> None:
@@ -120,89 +137,6 @@ def test_tokens_for_one_sample(repeat: str, device: torch.device) -> None:
 
     for sizes in ((4, 1), (1, 4), (3, 5)):
         check(Latents().to(device).double(), sizes, device, fallback="vmap")
-
-
-@pytest.mark.parametrize("first", [6, 4])
-def test_a_relative_bias_in_any_order_of_sizes(first: int, device: torch.device) -> None:
-    model = Relative().to(device).double()
-    observer = ak.observe(model)
-    for samples in (first, 4, 6, 8):
-        x = torch.randint(11, (samples, 6), device=device)
-        model.zero_grad()
-        observer.reset()
-        loss(model(x)).backward()
-        norms = observer.statistics().sample_norms_sq
-        assert_close(norms, per_sample(model, loss, x).norms_sq)
-
-
-def test_one_table_for_tokens_and_positions(device: torch.device) -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.head = nn.Embedding(11, 4), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            places = torch.arange(x.shape[1], device=x.device)
-            return self.head((self.table(x) + self.table(places)).tanh())
-
-    model = Shared().to(device).double()
-    observer = ak.observe(model)
-    for samples in (6, 4, 6):
-        x = torch.randint(11, (samples, 6), device=device)
-        model.zero_grad()
-        observer.reset()
-        loss(model(x)).backward()
-        norms = observer.statistics().sample_norms_sq
-        assert_close(norms, per_sample(model, loss, x).norms_sq)
-
-
-def test_labels_in_order_are_not_guessed(device: torch.device) -> None:
-    class Labelled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.labels, self.head = nn.Embedding(11, 4), nn.Linear(4, 3)
-
-        def forward(self, y: Tensor) -> Tensor:
-            return self.head(self.labels(y))
-
-    model = Labelled().to(device).double()
-    observer = ak.observe(model)
-    with pytest.raises(ValueError, match=r"may be positions.*indices\.unsqueeze\(1\)"):
-        model(torch.arange(5, device=device))
-    y = torch.tensor([3, 1, 1, 0], device=device)
-    loss(model(y)).backward()
-    norms = observer.statistics().sample_norms_sq
-    assert_close(norms, per_sample(model, loss, y).norms_sq)
-    model(torch.arange(5, device=device))  # known by now
-
-
-def test_a_mask_beside_one_sample(device: torch.device) -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tokens, self.positions = nn.Embedding(11, 4), nn.Embedding(7, 4)
-
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            places = torch.arange(x.shape[1], device=x.device)
-            y = self.tokens(x) + self.positions(places)
-            return F.scaled_dot_product_attention(y, y, y, attn_mask=mask)
-
-    model = Masked().to(device).double()
-    plain, mask = copy.deepcopy(model), torch.ones(6, 6, device=device).tril().bool()
-    observer = ak.observe(model)
-    for samples in (4, 1):
-        model.zero_grad()
-        observer.reset()
-        x = torch.randint(11, (samples, 6), device=device)
-        loss(model(x, mask)).backward()
-        norms = observer.statistics().sample_norms_sq
-        for row, norm in zip(x, norms, strict=True):
-            plain.zero_grad()
-            loss(plain(row.unsqueeze(0), mask)).backward()
-            assert_close(sum(p.grad.square().sum() for p in plain.parameters()), norm)
-
-
-# Written to, hooked, given to layers
 
 
 def zeroed(m: Known, x: Tensor) -> Tensor:
@@ -320,211 +254,3 @@ def test_mixed_precision_of_what_is_computed(device: torch.device) -> None:
     ak.observe(model)
     with torch.autocast(device.type, torch.bfloat16):
         assert_close(model(x), plain(x), rtol=0, atol=1e-6)
-
-
-# A forward pass that is given up
-
-
-def test_what_is_given_up_is_undone(device: torch.device) -> None:
-    """Random numbers and counted calls are as if the first attempt had not been."""
-
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.p0, self.p1 = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5, 3))
-            self.inner = nn.Linear(5, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.einsum("btd,de->bte", self.inner(x) * self.p0, self.p1)
-
-    model = nn.Sequential(Odd(), nn.Dropout(0.5)).to(device)
-    plain, x = copy.deepcopy(model), torch.randn(4, 7, 5, device=device)
-    observer = ak.observe(model, fallback="vmap")
-    torch.manual_seed(1)
-    y = model(x)
-    torch.manual_seed(1)
-    assert_close(y, plain(x))
-    loss(y).backward()
-    assert not +observer._pending
-    assert observer.statistics().batch_size == 4
-
-
-def test_a_module_inside_is_given_up(device: torch.device) -> None:
-    """The module around it goes on being watched, and what it passes on is refused."""
-
-    class Around(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gain, self.table = nn.Parameter(torch.randn(5)), nn.Embedding(9, 5)
-            self.inner = Own(lambda m, x: torch.einsum("btd,de->bte", x * m.p0, m.p1), (5,), (5, 5))
-
-        def forward(self, x: Tensor) -> Tensor:
-            places = torch.arange(x.shape[1], device=x.device)
-            return self.inner(x * self.gain + self.table(places)) * self.gain
-
-    model = Around().to(device).double()
-    check(model, (4, 7, 5), device, fallback="vmap")
-    observer = ak.observe(model, fallback="vmap")
-    model(torch.randn(4, 7, 5, device=device, dtype=torch.float64))
-    assert isinstance(model, ObservedModule)
-    assert isinstance(model.inner, ObservedFallback)
-    assert [r.method for r in observer.coverage() if r.owner == "inner"] == [
-        ObservedFallback.observed_method
-    ] * 2
-
-
-def test_a_checkpoint_sees_one_forward_pass(device: torch.device) -> None:
-    model = Own(lambda m, x: F.dropout(x * m.p0, 0.5), (5,)).to(device).double()
-    plain, x = copy.deepcopy(model), torch.randn(4, 5, device=device, dtype=torch.float64)
-    observer = ak.observe(model, fallback="vmap")
-    found = []
-    for m in (model, plain):
-        torch.manual_seed(1)
-        y = checkpoint(m, x, use_reentrant=False)
-        loss(y).backward()
-        found += [y, m.p0.grad]
-    assert_close(found[:2], found[2:])
-    assert observer.statistics().batch_size == 4
-
-
-def test_an_input_that_was_written_to_cannot_be_given_back(device: torch.device) -> None:
-    def forward(m: Own, x: Tensor) -> Tensor:
-        return torch.einsum("bd,de->be", x.add_(1.0) * m.p0, m.p1)
-
-    model = Own(forward, (5,), (5, 3)).to(device)
-    observer = ak.observe(model, fallback="vmap")
-    x = torch.randn(4, 5, device=device)
-    with pytest.raises(RuntimeError, match=r"writes to its input.*run this batch again"):
-        model(x.clone())
-    assert observer.shared_values is None
-    assert isinstance(model, ObservedFallback)  # from the next time on
-
-
-def test_an_unused_head_needs_no_vmap(device: torch.device) -> None:
-    class Headed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gain = nn.Parameter(torch.ones(5))
-            self.head, self.spare = nn.Linear(5, 3), nn.Linear(5, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(x * self.gain)
-
-    model = Headed().to(device).double()
-    ak.observe(model, fallback="vmap")
-    model(torch.randn(4, 5, device=device, dtype=torch.float64))
-    assert isinstance(model, ObservedModule)
-
-
-def test_exceptions_leave_nothing_behind(device: torch.device) -> None:
-    def forward(m: Known, x: Tensor) -> Tensor:
-        if len(x) == 3:
-            raise KeyError("odd")
-        return x * m.p0
-
-    model = between(Known(forward, (5,)), 5).to(device).double()
-    observer = ak.observe(model)
-    with pytest.raises(KeyError):
-        model(torch.randn(3, 7, 5, device=device, dtype=torch.float64))
-    assert observer.shared_values is None
-    assert torch._C._len_torch_function_stack() == 0
-    observer.detach()
-    check(model, (4, 5), device)
-
-
-# Modules that cannot be exchanged
-
-
-def test_modules_of_other_kinds(device: torch.device) -> None:
-    known: list[type] = []
-
-    class Registered(Positions):
-        def __init_subclass__(cls) -> None:
-            known.append(cls)
-            if len(known) > 1:
-                raise TypeError("already registered")
-
-    class Child(Registered):
-        pass
-
-    model = Child("plain")
-    ak.observe(model).detach()
-    other = Positions("plain")
-    other.forward = types.MethodType(Positions.forward, other)
-    ak.observe(other)
-    with pytest.raises(ValueError, match="may be positions"):
-        other(torch.randint(11, (5, 5)))
-    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 3)))
-    ak.observe(traced)
-    assert copy.deepcopy(traced)(torch.randint(11, (5, 3))).shape == (5, 3, 3)
-    assert not isinstance(traced, (ObservedFallback, ObservedModule))
-
-
-# Found in what came later
-
-
-@pytest.mark.parametrize(
-    ("what", "first"),  # in a first batch of as many, nothing tells what an argument is: limits.md
-    [
-        ("attribute", 5),
-        ("attribute", 3),
-        ("new", 5),
-        ("detached", 5),
-        ("argument", 3),
-        ("random", 3),
-    ],
-)
-def test_other_things_with_as_many_rows_as_samples(
-    what: str, first: int, device: torch.device
-) -> None:
-    """Attributes, and what is made of them, are constants; of others, sizes are evidence."""
-
-    class Distances(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-            self.slope, self.table = nn.Parameter(torch.randn(())), nn.Parameter(torch.randn(5, 1))
-            self.fixed = torch.randn(5, 5, dtype=torch.float64, device=device)
-
-        def forward(self, x: Tensor, given: Tensor) -> Tensor:
-            h = self.inner(x)
-            spread = {
-                "attribute": self.fixed,
-                "argument": given,
-                "new": h.new_full((5, 5), 2.0).tril(),
-                "random": torch.rand(5, 5, dtype=x.dtype, device=x.device) * 0 + given,
-                "detached": self.table.detach() * self.fixed,
-            }[what]
-            scores = h @ h.mT + self.slope * spread
-            return self.head(scores.softmax(-1) @ h) + self.table.sum()
-
-    model = Distances().to(device).double()
-    plain, given = copy.deepcopy(model), torch.randn(5, 5, dtype=torch.float64, device=device)
-    observer = ak.observe(model, fallback="vmap")
-    for samples in (first, 5, 6, 5):
-        model.zero_grad()
-        observer.reset()
-        x = torch.randn(samples, 5, 4, device=device, dtype=torch.float64)
-        loss(model(x, given)).backward()
-        for row, norm in zip(x, observer.statistics().sample_norms_sq, strict=True):
-            plain.zero_grad()
-            loss(plain(row.unsqueeze(0), given)).backward()
-            assert_close(sum(p.grad.square().sum() for p in plain.parameters()), norm)
-
-
-def test_buffers_that_a_forward_pass_rebinds(device: torch.device) -> None:
-    class Moving(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(4, 3))
-            self.register_buffer("mean", torch.zeros(()))
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                self.mean = 0.9 * self.mean + x.square().mean()
-            return torch.einsum("bd,de->be", x, self.weight)
-
-    model = Moving().to(device)
-    ak.observe(model, fallback="vmap")
-    with pytest.raises(RuntimeError, match="changes its buffer 'mean'"):
-        model(torch.randn(5, 4, device=device))

@@ -126,12 +126,52 @@ def test_the_trajectory_of_plain_adagrad(name: str) -> None:
     assert_close(model.state_dict(), plain.state_dict(), rtol=1e-6, atol=1e-9)
 
 
-def test_tokens_folded_into_samples_are_an_error() -> None:
-    """OPT flattens batch and positions before its feed-forward layers."""
-    options = SIZES | {"ffn_dim": 24, "word_embed_proj_dim": 16}
-    config = transformers.AutoConfig.for_model("opt", **options, **NO_DROPOUT)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_weights_of_layers_that_are_not_called(name: str) -> None:
+    """With vmap to fall back on they are exact; without, an error."""
+    options = SIZES | {"state_size": 4, "num_heads": 4, "n_groups": 1}
+    config = transformers.AutoConfig.for_model(name, **options)
+    torch.manual_seed(4)
+    model = transformers.AutoModelForCausalLM.from_config(config).double()
+    plain, x = copy.deepcopy(model), data(name, 3)
     observer = ak.observe(model)
-    loss("opt", model, data("opt", 4)).backward()
-    with pytest.raises(RuntimeError, match="disagree about the number of samples"):
+    loss(name, model, x).backward()
+    with pytest.raises(RuntimeError, match="got a gradient but no statistics"):
         observer.statistics()
+    observer.detach()
+    model.zero_grad()
+    observer = ak.observe(model, fallback="vmap")
+    loss(name, model, x).backward()
+    for row, norm in zip(x, observer.statistics().sample_norms_sq, strict=True):
+        plain.zero_grad()
+        loss(name, plain, row.unsqueeze(0)).backward()
+        found = sum(p.grad.square().sum() for p in plain.parameters() if p.grad is not None)
+        assert_close(found, norm, rtol=1e-6, atol=1e-12)
+
+
+FOLDED = {
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "longformer": {"attention_window": 4},
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "swin": {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [2],
+             "window_size": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_positions_folded_into_samples_are_an_error(name: str) -> None:
+    """Dimension 0 of some layers' inputs counts tokens, or windows."""
+    options = FOLDED[name] if name == "swin" else SIZES | FOLDED[name]
+    config = transformers.AutoConfig.for_model(name, **options, **NO_DROPOUT)
+    kind = {"swin": transformers.AutoModelForImageClassification,
+            "longformer": transformers.AutoModelForMaskedLM}  # fmt: skip
+    model = kind.get(name, transformers.AutoModelForCausalLM).from_config(config)
+    observer = ak.observe(model)
+    x = torch.randn(3, 3, 16, 16) if name == "swin" else data(name, 4)
+
+    def step() -> None:
+        loss("vit" if name == "swin" else name, model, x).backward()
+        observer.statistics()
+
+    with pytest.raises((RuntimeError, ak.UnsupportedLayerError), match=r"disagree|does not count"):
+        step()
