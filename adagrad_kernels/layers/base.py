@@ -118,7 +118,7 @@ def unwatched(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def run(self: ObservedLayer, *args: Any, **kwargs: Any) -> Any:
         values = self._observer.shared_values
-        if torch.compiler.is_compiling() or values is None:
+        if values is None or torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         values.check_met((*args, *kwargs.values()), f"layer {self.observed_name!r} takes it")
         with torch._C.DisableTorchFunction():
