@@ -6,6 +6,7 @@ in CI is a failure on every machine. Look for new ones with `--hypothesis-profil
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -20,6 +21,8 @@ hypothesis.settings.load_profile("reproducible")
 
 # cuBLAS warns without it where PyTorch is told to be deterministic, as `nan_memory` does.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# matplotlib keeps a list of fonts, whose paths are those of the environment that made it.
+os.environ.setdefault("MPLCONFIGDIR", str(Path(__file__).parents[1] / "build" / "matplotlib"))
 
 
 class TorchRandom:

@@ -102,3 +102,13 @@ def test_linear_update(
     truths, plains = everything(plain, *double([g, x, w, v])), everything(plain, g, x, w, v)
     for k, (result, truth, expected) in enumerate(zip(results, truths, plains, strict=True)):
         assert_close_to_truth(result.float(), truth, expected.float(), what=f"result {k}")
+
+
+def test_linear_update_changes_nothing_before_it_raises() -> None:
+    w, v = torch.ones(2, 3), torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="4 samples do not fit a probe of capacity 3"):
+        linear_update.linear_adagrad_(
+            torch.ones(4, 2), torch.ones(4, 3), w, v, 3, True, False, 0.1, 0.0, 0.0, False, 1.0
+        )
+    assert (w == 1).all()
+    assert (v == 1).all()

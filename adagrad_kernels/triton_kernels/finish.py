@@ -149,6 +149,12 @@ class Finished(NamedTuple):
     sums: list[tuple[Tensor, Tensor]]
 
 
+def check_capacity(samples: int, capacity: int) -> None:
+    """That the probe has a column for every sample."""
+    if samples > capacity:
+        raise RuntimeError(f"{samples} samples do not fit a probe of capacity {capacity}")
+
+
 def finish(
     device: torch.device,
     partials: Tensor | None,
@@ -172,8 +178,7 @@ def finish(
     Raises:
         RuntimeError: if the probe has not a column for every sample.
     """
-    if samples > capacity:
-        raise RuntimeError(f"{samples} samples do not fit a probe of capacity {capacity}")
+    check_capacity(samples, capacity)
     probe = torch.empty(2, capacity, dtype=torch.float32, device=device)
     count = n = columns = split_stride = 0
     chunks, split_samples, block, sums = 1, samples, 128, []

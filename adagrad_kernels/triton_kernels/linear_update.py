@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import common
 from .adagrad import adagrad_block, pool_terms, store_terms, variance_block, variance_factors
+from .finish import check_capacity
 from .linear import direct_tile, finish_layer, is_even, operands, outer_tile
 from .tiles import matmul_precision, tile_for, tile_index
 
@@ -93,10 +94,12 @@ def linear_adagrad_(
         [O] as in `ops.linear_weight_grad`.
 
     Raises:
-        RuntimeError: shapes, dtypes or layouts that do not fit, or b > capacity.
+        RuntimeError: shapes, dtypes or layouts that do not fit, or b > capacity; nothing was
+            updated then.
     """
     g, x = operands("linear_adagrad_", grad_out, input)
     samples, positions, rows = g.shape
+    check_capacity(samples, capacity)
     columns = x.shape[2]
     for name, t in (("weight", weight), ("sum", sum)):
         if t.shape != (rows, columns) or not t.is_contiguous():
