@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from .distributed import is_data_parallel
 from .faults import layer_name
 from .layers import (
     OBSERVED,
@@ -15,11 +16,13 @@ from .layers import (
     ObservedEmbedding,
     ObservedLayer,
     ObservedModule,
+    counted_class,
     fallback_class,
     module_class,
     observed_class,
     own_parameters,
     refusal_of,
+    why_fixed,
 )
 from .layers.base import CallRecorder, UnsupportedLayerError
 
@@ -30,6 +33,7 @@ def attach(
     fallback: str,
     coordinates: bool,
     chosen: Iterable[str | nn.Module] | None = None,
+    folded: Iterable[str | nn.Module] = (),
 ) -> tuple[list[ObservedLayer], dict[nn.Parameter, str], set[ObservedLayer]]:
     """Exchanges the classes of the model's layers, of the chosen ones or of all.
 
@@ -43,10 +47,15 @@ def attach(
     for module in model.modules():
         if isinstance(module, ObservedLayer) and module.abandoned:
             module.detach()
-    inside = None if chosen is None else _modules_in(model, chosen)
+    inside = None if chosen is None else _modules_in(model, chosen, "layers")
+    if inside is not None and not _trainable_in(inside):
+        raise ValueError("layers: none of them has trainable parameters")
     plan = _plan(model, fallback, inside)
     if inside is not None:
         _check_closed(model, inside)
+    in_folded = _modules_in(model, folded, "folded")
+    if in_folded:
+        plan = _counting(model, plan, in_folded)
     for name, (module, _) in plan.items():
         if coordinates and getattr(module, "sparse", False) is True:
             raise ValueError(
@@ -56,7 +65,50 @@ def attach(
     layers = [
         _exchange(module, observed, observer, name) for name, (module, observed) in plan.items()
     ]
+    for layer in layers:
+        layer.observed_folded = layer in in_folded
+        layer.observed_counts = bool(in_folded) and layer is unwrapped(model)[1]
     return layers, names, tied_layers(layers)
+
+
+def unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
+    """The model in `DistributedDataParallel` and `torch.compile`, with its name there."""
+    names = []
+    while True:
+        inner = "module" if is_data_parallel(model) else "_orig_mod"
+        if inner not in model._modules:
+            return ".".join(names), model
+        names.append(inner)
+        model = cast(nn.Module, model._modules[inner])
+
+
+def _counting(
+    model: nn.Module,
+    plan: dict[str, tuple[nn.Module, type[ObservedLayer]]],
+    folded: set[nn.Module],
+) -> dict[str, tuple[nn.Module, type[ObservedLayer]]]:
+    """The plan with the model itself, which tells folded layers how many samples there are."""
+    top, inner = unwrapped(model)
+    measured = {name: pair for name, pair in plan.items() if pair[0] in folded}
+    if inner in folded or not measured:
+        raise ValueError(
+            "folded: "
+            + (
+                "the model itself is"
+                if inner in folded
+                else "no layer of these is measured by itself"
+            )
+            + "; name modules in it, which see several rows of each sample"
+        )
+    for name, (module, observed) in measured.items():
+        if not observed.foldable:
+            kind = type(module).__name__
+            raise ValueError(f"folded: layer {name!r} ({kind}) cannot be measured there")
+    if top in plan:
+        return plan
+    if reason := why_fixed(inner):
+        raise ValueError(f"folded: the model cannot count its samples: {reason}")
+    return {top: (inner, counted_class(type(inner))), **plan}
 
 
 def _exchange(
@@ -93,13 +145,16 @@ def measure_by_vmap(
     Returns:
         The layers that are observed now: the others of `layers`, and this one.
     """
-    name, inside = layer.observed_name, set(cast(nn.Module, layer).modules())
+    name, folded = layer.observed_name, layer.observed_folded
+    inside = set(cast(nn.Module, layer).modules())
     kept = [other for other in layers if other not in inside]
     for other in layers:
         if other in inside:
             give_back(other)
     module = cast(nn.Module, layer)
-    return [*kept, _exchange(module, fallback_class(type(module)), observer, name)]
+    by_vmap = _exchange(module, fallback_class(type(module)), observer, name)
+    by_vmap.observed_folded = folded
+    return [*kept, by_vmap]
 
 
 def detached_class(layer: ObservedLayer) -> type[nn.Module]:
@@ -113,10 +168,12 @@ def detached_class(layer: ObservedLayer) -> type[nn.Module]:
     return type(f"FSDP{plain.__name__}", (added[0], plain), {"__deepcopy__": own["__deepcopy__"]})
 
 
-def _modules_in(model: nn.Module, chosen: Iterable[str | nn.Module]) -> set[nn.Module]:
+def _modules_in(
+    model: nn.Module, chosen: Iterable[str | nn.Module], argument: str
+) -> set[nn.Module]:
     """The modules that are named, or given, with everything in them."""
     if isinstance(chosen, (str, nn.Module)):
-        raise TypeError(f"layers must be a list of names or modules, got {chosen!r}")
+        raise TypeError(f"{argument} must be a list of names or modules, got {chosen!r}")
     named = dict(model.named_modules(remove_duplicate=False))
     own = set(named.values())
     inside: set[nn.Module] = set()
@@ -125,14 +182,16 @@ def _modules_in(model: nn.Module, chosen: Iterable[str | nn.Module]) -> set[nn.M
         if module not in own:
             kind = repr(choice) if isinstance(choice, str) else type(choice).__name__
             raise ValueError(
-                f"layers: {kind} is no module of the model; it has "
+                f"{argument}: {kind} is no module of the model; it has "
                 + ", ".join(repr(name) for name, _ in model.named_children())
                 + ", and modules in them"
             )
         inside.update(cast(nn.Module, module).modules())
-    if not any(p.requires_grad for module in inside for p in module.parameters(recurse=False)):
-        raise ValueError("layers: none of them has trainable parameters")
     return inside
+
+
+def _trainable_in(modules: Iterable[nn.Module]) -> bool:
+    return any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
 
 
 def _check_closed(model: nn.Module, inside: set[nn.Module]) -> None:

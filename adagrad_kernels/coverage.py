@@ -14,7 +14,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import costs
 from .costs import Call, Cost
-from .layers import ObservedFallback, ObservedLayer, ObservedModule, own_parameters
+from .layers import (
+    CountedModel,
+    ObservedFallback,
+    ObservedLayer,
+    ObservedModule,
+    own_parameters,
+)
 from .layers.base import Seen
 from .layers.linear import ObservedConv1D, ObservedLinear
 
@@ -141,7 +147,7 @@ def coverage_of(
 
 
 def _own(layer: ObservedLayer) -> Iterable[nn.Parameter]:
-    if isinstance(layer, ObservedModule):  # the layers in it have records of their own
+    if isinstance(layer, (ObservedModule, CountedModel)):  # layers inside have their own records
         return own_parameters(layer).values()
     return cast(nn.Module, layer).parameters()
 
@@ -212,8 +218,12 @@ def _linear(seen: Seen, call: Call, rows: int) -> Cost:
 
 
 def _conv(layer: Any, seen: Seen, call: Call) -> Cost:
-    x = torch.empty(seen.shape, device="meta")
     weight = torch.empty(layer.weight.shape, device="meta")
+    x = torch.empty(seen.shape, device="meta")
+    images = 1
+    if x.dim() > weight.dim():  # of a folded layer
+        images = x.shape[1]
+        x = x.flatten(0, 1)
     if layer.transposed:
         of: Any = getattr(F, f"conv_transpose{x.dim() - 2}d")
         y = of(x, weight, None, layer.stride, layer.padding, layer.output_padding, layer.groups,
@@ -227,4 +237,4 @@ def _conv(layer: Any, seen: Seen, call: Call) -> Cost:
     rows = weight.shape[0] // layer.groups
     columns = weight.shape[1:].numel()
     call = call._replace(outputs=y.numel())
-    return costs.product(call, positions, rows, columns, layer.groups, linear=False)
+    return costs.product(call, images * positions, rows, columns, layer.groups, linear=False)

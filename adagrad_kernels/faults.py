@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 EMPTY = "a micro-batch without samples has no gradient: leave it out"
 NOT_ZEROED = (
@@ -17,7 +17,8 @@ CLEARED = (
 PROBE_CHANGED = (
     "the layers disagree about the number of samples, or lie on several devices, so that one "
     "backward pass was measured in parts: dimension 0 of every layer's input must count the "
-    "samples (expand what is shared: positions.expand(samples, -1)), on one device"
+    "samples (expand what is shared: positions.expand(samples, -1); name layers that see several "
+    "rows of each sample with folded=[…]), on one device"
 )
 
 UNSEEN_DISAGREEMENT = (
@@ -50,11 +51,15 @@ def unexpected(layer: str) -> str:
 
 def disagreement(calls: Sequence[tuple[str, int]]) -> str:
     """Layers, by name, that were called with different numbers of samples."""
-    sizes = ", ".join(f"{name!r} {samples}" for name, samples in calls)
+    found: dict[int, list[str]] = {}
+    for name, samples in reversed(calls):  # as in the forward pass
+        found.setdefault(samples, []).append(name)
+    sizes = "; ".join(f"{samples} in {_some(names)}" for samples, names in found.items())
     return (
         f"the layers disagree about the number of samples ({sizes}): dimension 0 of every "
-        "layer's input must count the samples, with nothing folded into it (x.unflatten) and "
-        "nothing shared by all of them (positions.expand(samples, -1))"
+        "layer's input must count the samples, with nothing shared by all of them "
+        "(positions.expand(samples, -1)). Layers that see several rows of each sample there, one "
+        "sample after another (x.flatten(0, 1)): name them, or modules around them, with folded=[…]"
     )
 
 
@@ -67,6 +72,7 @@ def disjoint(before: set[str], now: set[str]) -> str:
     )
 
 
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
+def _some(names: Iterable[str]) -> str:
+    names = sorted(set(names))
+    shown = names[:3]
     return ", ".join(map(repr, shown)) + (", …" if len(names) > len(shown) else "")

@@ -35,6 +35,7 @@ def observe(
     fallback: str = "error",
     process_group: Group | None = None,
     layers: Iterable[str | nn.Module] | None = None,
+    folded: Iterable[str | nn.Module] = (),
 ) -> Observer:
     """Makes a model's backward pass measure its per-sample gradients.
 
@@ -69,11 +70,16 @@ def observe(
             of the rest R, whatever the number of samples. In transformers the normalisation
             layers have been found to follow the whole (arXiv 2411.00999). The error from the
             samples alone is `GradientStatistics.variance_standard_error`.
+        folded: the modules, with everything in them, in which dimension 0 holds k rows of each
+            sample, one sample after another, as after `x.flatten(0, 1)` of [samples, k, …]:
+            frames of a video, windows of an image. The number of samples is dimension 0 of the
+            first tensor that the model is given, and k what is left, in each call anew.
 
     Raises:
         UnsupportedLayerError: naming the module and the ways out.
         ValueError: a model that is observed already, that has lazy layers or no trainable
-            parameters; layers that are not the model's, or tied to ones that are not chosen.
+            parameters; layers that are not the model's, or tied to ones that are not chosen; folded
+            ones that cannot be (three-dimensional convolutions, the model itself).
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -88,7 +94,7 @@ def observe(
         raise ValueError(f'fallback must be "error" or "vmap", got {fallback!r}')
     if isinstance(inner_products, str) and inner_products != "all":
         raise ValueError(f'inner_products must be False, True or "all", got {inner_products!r}')
-    return Observer(model, coordinates, inner_products, fallback, process_group, layers)
+    return Observer(model, coordinates, inner_products, fallback, process_group, layers, folded)
 
 
 class Observer(Recorder):
@@ -109,8 +115,9 @@ class Observer(Recorder):
         fallback: str = "error",
         process_group: Group | None = None,
         layers: Iterable[str | nn.Module] | None = None,
+        folded: Iterable[str | nn.Module] = (),
     ) -> None:
-        layers_, names, tied = attach(model, self, fallback, coordinates, layers)
+        layers_, names, tied = attach(model, self, fallback, coordinates, layers, folded)
         self._fallback = fallback
         ranks = Ranks(process_group or data_parallel_group(model))
         super().__init__(names, tied, ranks, coordinates, inner_products)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .coverage import Coverage
 from .observer import observe
 from .optim import AdAdaGrad
-from .profiling_layers import Arguments, calls, forward_and_backward, inside
+from .profiling_layers import Arguments, Folded, calls, forward_and_backward, inside
 from .profiling_report import LayerProfile, Profile, StepProfile
 from .timing import TESTS, take_turns
 
@@ -30,6 +30,7 @@ def profile(
     coordinates: bool = False,
     fallback: str = "error",
     repeats: int = 20,
+    folded: Sequence[str] = (),
 ) -> Profile:
     """Measures what per-sample statistics cost on a model, by the layer and by the step.
 
@@ -49,6 +50,7 @@ def profile(
         coordinates: whether layers measure coordinate sums, too.
         fallback: see `observe`.
         repeats: turns of each comparison; more of them, steadier medians.
+        folded: names of modules, see `observe`; layers in them run in a model of their own.
 
     Raises:
         UnsupportedLayerError: see `observe`.
@@ -61,12 +63,16 @@ def profile(
         >>> [step.name for step in found.steps]
         ['norm test', 'inner-product test', 'norms + coordinates']
     """
-    coverage = _coverage(model, inputs, loss, coordinates, fallback)
-    layers = [
-        _layer(name, module, call, coverage, coordinates, fallback, repeats)
-        for name, module, call in calls(model, inputs, coverage)
-    ]
-    steps, baseline = _steps(model, inputs, loss, fallback, repeats)
+    options = {"fallback": fallback, "folded": folded}
+    coverage = _coverage(model, inputs, loss, coordinates, options)
+    layers = []
+    for name, module, call in calls(model, inputs, coverage):
+        of_layer: dict[str, Any] = {"fallback": fallback}
+        if any(inside(name, other) or name == other for other in folded):
+            module, call = Folded(module), ((inputs[0], *call[0]), call[1])
+            of_layer["folded"] = ["layer"]
+        layers.append(_layer(name, module, call, coverage, coordinates, of_layer, repeats))
+    steps, baseline = _steps(model, inputs, loss, options, repeats)
     return Profile(coverage, layers, steps, baseline)
 
 
@@ -75,10 +81,10 @@ def _coverage(
     inputs: tuple[Tensor, ...],
     loss: Callable[[Any], Tensor],
     coordinates: bool,
-    fallback: str,
+    options: Mapping[str, Any],
 ) -> Coverage:
     observed = copy.deepcopy(model)
-    observer = observe(observed, coordinates, fallback=fallback)
+    observer = observe(observed, coordinates, **options)
     loss(observed(*inputs)).backward()
     observer.statistics()
     return observer.coverage()
@@ -90,11 +96,11 @@ def _layer(
     call: Arguments,
     coverage: Coverage,
     coordinates: bool,
-    fallback: str,
+    options: Mapping[str, Any],
     repeats: int,
 ) -> LayerProfile:
     observed = copy.deepcopy(module)
-    observer = observe(observed, coordinates, fallback=fallback)
+    observer = observe(observed, coordinates, **options)
     measured = forward_and_backward(observed, call)
 
     def run() -> None:
@@ -108,7 +114,8 @@ def _layer(
     parts = [c for owner, c in known.items() if owner == name or inside(owner, name)]
     parts = parts if name in known else []
     cost = sum(parts[1:], parts[0]) if parts else None
-    return LayerProfile(name, type(module).__name__, cost, times["plain"], times["observed"])
+    kind = type(module.layer if isinstance(module, Folded) else module).__name__
+    return LayerProfile(name, kind, cost, times["plain"], times["observed"])
 
 
 def _turns(
@@ -133,7 +140,7 @@ def _steps(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
     loss: Callable[[Any], Tensor],
-    fallback: str,
+    options: Mapping[str, Any],
     repeats: int,
 ) -> tuple[list[StepProfile], str]:
     samples, plain = len(inputs[0]), copy.deepcopy(model)
@@ -147,7 +154,7 @@ def _steps(
             criterion=criterion,
             batch_size=samples,
             max_batch_size=samples,
-            fallback=fallback,
+            **options,
         )
         runs[name] = _step(observed, ours, inputs, loss)
     times = _turns(runs, repeats, inputs[0].device)

@@ -46,6 +46,18 @@ def calls(
             yield name, module, arguments[name]
 
 
+class Folded(nn.Module):
+    """A folded layer in a model whose first argument, unused, counts the samples."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, samples: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output."""
+        return self.layer(*args, **kwargs)
+
+
 def inside(name: str, other: str) -> bool:
     """Whether a module lies in another one, by their names."""
     return other == "" or name.startswith(other + ".")

@@ -97,6 +97,7 @@ class Recorder:
         self._had_grads = False
         self.updater: Updater | None = None
         self.shared_values: SharedValues | None = None  # of a forward pass that is watched
+        self.samples: int | None = None  # in a forward pass of a model with folded layers
         self._task = -1  # the backward pass that _calls belong to
         self._collected_task = -1  # the last one whose probe was collected
         self._noted: Noted | None = None

@@ -36,6 +36,32 @@ def loss(y: Tensor) -> Tensor:
     return y.sin().flatten(1).sum(1).mean()
 
 
+class Folded(nn.Module):
+    """Its first layer sees the numbers of a sample one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(1, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.double().reshape(-1, 1)).unflatten(0, x.shape)
+        return self.head(y.sin().mean(1))
+
+
+def folded(rank: int, world: int) -> dict[str, Any]:
+    """Statistics of a model that is copied, wrapped before it is observed."""
+    torch.manual_seed(2)
+    own = Folded().double()
+    run = DistributedDataParallel(own) if world > 1 else own
+    names = ["module.first"] if world > 1 else ["first"]
+    opt = ak.AdAdaGrad(run, lr=0.1, batch_size=8, max_batch_size=8, folded=names)
+    loss(run(batch().chunk(world)[rank])).backward()
+    opt.step()
+    assert opt.statistics is not None
+    weights = torch.cat([p.detach().flatten() for p in own.parameters()])
+    return {"norms": opt.statistics.sample_norms_sq, "weights": weights}
+
+
 def trained(rank: int, world: int, kind: str) -> dict[str, Any]:
     """Three steps; the statistics of the last one, and the weights."""
     own = model()
@@ -63,4 +89,5 @@ def trained(rank: int, world: int, kind: str) -> dict[str, Any]:
 
 
 def both(rank: int, world: int) -> dict[str, Any]:
-    return {kind: trained(rank, world, kind) for kind in ("copies", "sharded")}
+    found = {kind: trained(rank, world, kind) for kind in ("copies", "sharded")}
+    return found | {"folded": folded(rank, world)}

@@ -17,3 +17,6 @@ def test_several_processes_agree_with_one(tmp_path: Path) -> None:
             assert_close(several["inner_products"], one["inner_products"], **close)
             assert_close(several["variance_trace"], one["variance_trace"], **close)
             assert_close(several["weights"], one["weights"], **close)
+        alone, several = scenarios.folded(0, 1), found["folded"]
+        assert_close(several["norms"], alone["norms"][4 * rank : 4 * rank + 4], **close)
+        assert_close(several["weights"], alone["weights"], **close)

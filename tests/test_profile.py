@@ -127,6 +127,15 @@ def test_profile_with_vmap(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "(the model itself)" in capsys.readouterr().err
 
 
+def test_profile_of_folded_layers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["profile", "models.py:folded", "--input-shape", "2,3,4", "--repeats", "1"]
+    assert main([*arguments, "--folded", "2", "--loss", "mean"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("direct") == 4  # both layers take three positions a sample
+    assert main([*arguments, "--folded", "3"]) == 2
+    assert "folded: '3' is no module of the model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "options", "message"),
     [

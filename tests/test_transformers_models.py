@@ -82,6 +82,27 @@ def loss(name: str, model: nn.Module, x: Tensor) -> Tensor:
     return F.cross_entropy(model(input_ids=x).logits.flatten(0, 1), x.flatten())
 
 
+def assert_exact(
+    name: str, model: nn.Module, plain: nn.Module, observer: ak.Observer, x: Tensor
+) -> None:
+    model.zero_grad()
+    observer.reset()
+    loss(name, model, x).backward()
+    s = observer.statistics()
+    rows = []
+    for row in x:
+        plain.zero_grad()
+        loss(name, plain, row.unsqueeze(0)).backward()
+        grads = [p.grad for p in plain.parameters() if p.grad is not None]
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    g = torch.stack(rows)
+    close = {"rtol": 1e-6, "atol": 1e-12}  # some compute positions and norms in float32
+    assert_close(s.sample_norms_sq, g.square().sum(1), **close)
+    assert_close(s.inner_products, g @ g.mean(0), **close)
+    variance = torch.cat([v.flatten() for v in s.coordinate_variance.values()])
+    assert_close(variance.sum(), g.var(0).sum(), **close)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_exact_while_the_batch_grows(name: str) -> None:
     model = make(name)
@@ -90,23 +111,7 @@ def test_exact_while_the_batch_grows(name: str) -> None:
     assert type(model).__name__ == type(plain).__name__  # config.architectures, when it is saved
     assert inspect.signature(model.forward) == inspect.signature(plain.forward)  # the Trainer's
     for samples in (4, 6):  # then as many as positions
-        model.zero_grad()
-        observer.reset()
-        x = data(name, samples)
-        loss(name, model, x).backward()
-        s = observer.statistics()
-        rows = []
-        for row in x:
-            plain.zero_grad()
-            loss(name, plain, row.unsqueeze(0)).backward()
-            grads = [p.grad for p in plain.parameters() if p.grad is not None]
-            rows.append(torch.cat([g.flatten() for g in grads]))
-        g = torch.stack(rows)
-        close = {"rtol": 1e-6, "atol": 1e-12}  # some compute positions and norms in float32
-        assert_close(s.sample_norms_sq, g.square().sum(1), **close)
-        assert_close(s.inner_products, g @ g.mean(0), **close)
-        variance = torch.cat([v.flatten() for v in s.coordinate_variance.values()])
-        assert_close(variance.sum(), g.var(0).sum(), **close)
+        assert_exact(name, model, plain, observer, data(name, samples))
     observer.detach()
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
@@ -175,3 +180,24 @@ def test_positions_folded_into_samples_are_an_error(name: str) -> None:
 
     with pytest.raises((RuntimeError, ak.UnsupportedLayerError), match=r"disagree|does not count"):
         step()
+
+
+@pytest.mark.parametrize(
+    ("name", "folded"),
+    [("opt", ("fc1", "fc2", "layers.0.final_layer_norm", "layers.1.final_layer_norm")),
+     ("swin", ("attention",))],
+)  # fmt: skip
+def test_folded_positions_that_are_named_are_exact(name: str, folded: tuple[str, ...]) -> None:
+    """OPT's tokens; Swin's windows, which share a table of biases and are masked in turn."""
+    options = FOLDED[name] if name == "swin" else SIZES | FOLDED[name]
+    config = transformers.AutoConfig.for_model(name, **options, **NO_DROPOUT)
+    config.depths = [2]
+    kind = {"swin": transformers.AutoModelForImageClassification}
+    torch.manual_seed(4)
+    model = kind.get(name, transformers.AutoModelForCausalLM).from_config(config).double().train()
+    plain = copy.deepcopy(model)
+    named = [module for module, _ in model.named_modules() if module.endswith(folded)]
+    observer = ak.observe(model, coordinates=True, inner_products=True, folded=named)
+    for samples in (3, 6, 4):
+        of = "vit" if name == "swin" else name
+        assert_exact(of, model, plain, observer, data(of, samples))

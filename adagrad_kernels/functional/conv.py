@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,11 +27,11 @@ _CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_trans
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, *options):
+    def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, k, *options):
         ctx.dtypes = dtypes(weight, bias)
         weight, bias = autocast(weight, bias)
         ctx.save_for_backward(x, weight, probe)
-        ctx.call, ctx.options = call, options
+        ctx.call, ctx.k, ctx.options = call, k, options
         return _CONV[x.dim()](x, weight, bias, *options)
 
     @staticmethod
@@ -39,35 +41,36 @@ class _Conv(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         stride, padding, dilation, groups = ctx.options
         need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
-        notify(ctx.call, x, grad_out)
+        saved = _of_samples(ctx.k, x, grad_out)
+        notify(ctx.call, *saved)
         grad_x = None
         if need_x:
             grad_x = torch.ops.aten.convolution_backward.default(
                 grad_out, x, weight, None, stride, padding, dilation, False, [0] * len(stride),
                 groups, [True, False, False],
             )[0]  # fmt: skip
-        grad_w, grad_b, grad_p, sums_w, sums_b = ops.conv_weight_grad(
-            grad_out, x, weight.shape[2:], stride, padding, dilation, groups,
+        grad_w, grad_b, grad_p, sums_w, sums_b = _weight_grad(
+            grad_out, x, weight, ctx.k, ctx.options,
             probe.shape[1], need_w, need_b, need_ws or need_bs,
         )  # fmt: skip
         return (
             grad_x,
             as_grad(grad_w, weight_dtype, need_w),
             as_grad(grad_b, bias_dtype, need_b),
-            counted(grad_p, probe, ctx.call, x, grad_out),
+            counted(grad_p, probe, ctx.call, *saved),
             sums_w if need_ws else None,
             sums_b if need_bs else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
 class _ConvTranspose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, *options):
+    def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, k, *options):
         ctx.dtypes = dtypes(weight, bias)
         weight, bias = autocast(weight, bias)
         ctx.save_for_backward(x, weight, probe)
-        ctx.call, ctx.options = call, options
+        ctx.call, ctx.k, ctx.options = call, k, options
         stride, padding, output_padding, dilation, groups = options
         function = _CONV_TRANSPOSE[x.dim()]
         return function(x, weight, bias, stride, padding, output_padding, groups, dilation)
@@ -77,21 +80,21 @@ class _ConvTranspose(torch.autograd.Function):
         refuse_double_backward()
         x, weight, probe = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
-        stride, padding, _, dilation, groups = ctx.options
         need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
-        notify(ctx.call, x, grad_out)
+        saved = _of_samples(ctx.k, x, grad_out)
+        notify(ctx.call, *saved)
         grad_x = None
         if need_x:  # with much output padding, the last pixels of grad_out reach no pixel of x
             grad_x = _CONV[x.dim()](grad_out, weight, None, *_as_conv(ctx.options))
             grad_x = grad_x[(..., *map(slice, x.shape[2:]))]
         # The weight's gradient is that of a convolution of grad_out whose output x is.
-        grad_w, _, grad_p, sums_w, _ = ops.conv_weight_grad(
-            x, grad_out, weight.shape[2:], stride, padding, dilation, groups,
+        grad_w, _, grad_p, sums_w, _ = _weight_grad(
+            x, grad_out, weight, ctx.k, _as_conv(ctx.options),
             probe.shape[1], need_w, False, need_ws,
         )  # fmt: skip
         grad_b = sums_b = None
         if need_b:
-            by_channel = grad_out.reshape(*grad_out.shape[:2], -1).unsqueeze(1)
+            by_channel = grad_out.reshape(-1, ctx.k, grad_out.shape[1], grad_out.shape[2:].numel())
             _, grad_b, grad_p_bias, _, sums_b = ops.scale_weight_grad(
                 by_channel, by_channel, None, None, probe.shape[1], False, True, need_bs
             )
@@ -101,10 +104,10 @@ class _ConvTranspose(torch.autograd.Function):
             grad_x,
             as_grad(grad_w, weight_dtype, need_w),
             grad_b,
-            counted(grad_p, probe, ctx.call, x, grad_out),
+            counted(grad_p, probe, ctx.call, *saved),
             sums_w if need_ws else None,
             sums_b if need_bs else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -113,8 +116,35 @@ def _as_conv(options: tuple) -> tuple:
     return stride, padding, dilation, groups
 
 
+def _of_samples(k: int, *images: Tensor) -> tuple[Tensor, ...]:
+    """[b·k, C, *D] as [b, k, C, *D], unless k is 1."""
+    return images if k == 1 else tuple(t.unflatten(0, (-1, k)) for t in images)
+
+
+def _weight_grad(
+    grad_out: Tensor, x: Tensor, weight: Tensor, k: int, options: tuple, *wanted: Any
+) -> tuple[Tensor, ...]:
+    """`ops.conv_weight_grad` of samples of k images each: of one image with k slices."""
+    stride, padding, dilation, groups = options
+    size = weight.shape[2:]
+    if k == 1:
+        return ops.conv_weight_grad(grad_out, x, size, stride, padding, dilation, groups, *wanted)
+    g, a = (t.transpose(1, 2) for t in _of_samples(k, grad_out, x))
+    grad_w, grad_b, probe, sums_w, sums_b = ops.conv_weight_grad(
+        g, a, (1, *size), (1, *stride), (0, *padding), (1, *dilation), groups, *wanted
+    )
+    grad_w, sums_w = (t.squeeze(2) if t.dim() > 1 else t for t in (grad_w, sums_w))
+    return grad_w, grad_b, probe, sums_w, sums_b
+
+
+def _images(x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+    """[b, k, C, *D] as [b·k, C, *D], and k."""
+    return (x.flatten(0, 1), x.shape[1]) if x.dim() > weight.dim() else (x, 1)
+
+
 def _check(x: Tensor, weight: Tensor, probe: Tensor, name: str) -> None:
-    if x.dim() != weight.dim() or x.dim() not in _CONV:
+    folded = x.dim() == weight.dim() + 1 and x.dim() in _CONV
+    if weight.dim() not in _CONV or not (x.dim() == weight.dim() or folded):
         raise ValueError(
             f"{name}: expected an input [samples, channels, ...] with "
             f"{weight.dim() - 2} spatial dimensions, got {list(x.shape)}"
@@ -138,7 +168,7 @@ def conv(
     """`torch.nn.functional.conv1d`, `conv2d` or `conv3d` that measures.
 
     Args:
-        x: input [b, C, *D].
+        x: input [b, C, *D], or with one or two dimensions D also [b, k, C, *D]: k images a sample.
         weight: [O, C/groups, *kernel_size].
         bias: [O] or None.
         probe: see the package, as the others below.
@@ -161,10 +191,12 @@ def conv(
         [4.0, 16.0]
     """
     _check(x, weight, probe, "conv")
-    (x_,) = autocast(x)
-    return _Conv.apply(
-        x_, weight, bias, probe, weight_probe, bias_probe, call, stride, padding, dilation, groups
-    )  # type: ignore[return-value]
+    images, k = _images(autocast(x)[0], weight)
+    y: Any = _Conv.apply(
+        images, weight, bias, probe, weight_probe, bias_probe, call,
+        k, stride, padding, dilation, groups,
+    )  # fmt: skip
+    return y if x.dim() == weight.dim() else y.unflatten(0, x.shape[:2])
 
 
 def conv_transpose(
@@ -184,7 +216,7 @@ def conv_transpose(
     """`torch.nn.functional.conv_transpose1d`, `2d` or `3d` that measures.
 
     Args:
-        x: input [b, C, *D].
+        x: input [b, C, *D], or with one or two dimensions D also [b, k, C, *D]: k images a sample.
         weight: [C, O/groups, *kernel_size].
         bias: [O] or None.
         probe: see the package, as the others below.
@@ -208,8 +240,9 @@ def conv_transpose(
         [4.0, 16.0]
     """
     _check(x, weight, probe, "conv_transpose")
-    (x_,) = autocast(x)
-    return _ConvTranspose.apply(
-        x_, weight, bias, probe, weight_probe, bias_probe, call,
-        stride, padding, output_padding, dilation, groups,
-    )  # type: ignore[return-value]  # fmt: skip
+    images, k = _images(autocast(x)[0], weight)
+    y: Any = _ConvTranspose.apply(
+        images, weight, bias, probe, weight_probe, bias_probe, call,
+        k, stride, padding, output_padding, dilation, groups,
+    )  # fmt: skip
+    return y if x.dim() == weight.dim() else y.unflatten(0, x.shape[:2])

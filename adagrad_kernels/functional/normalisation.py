@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,23 +55,23 @@ def _rows(x: Tensor, dims: int) -> tuple[int, ...]:
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, groups, eps):
+    def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, groups, eps, k):
         x = x.contiguous(memory_format=_memory_format(x))
-        b, channels = x.shape[:2]
+        rows, channels = x.shape[:2]
         inner = x.shape[2:].numel()
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, b, channels, inner, groups, eps)
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, rows, channels, inner, groups, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias, probe)
-        ctx.call = call
+        ctx.call, ctx.k = call, k
         return y
 
     @staticmethod
     def backward(ctx, grad_out):
         refuse_double_backward()
         x, mean, rstd, *affine = ctx.saved_tensors
-        view = (x.shape[0], 1, x.shape[1], x.shape[2:].numel())
-        one = (x.shape[0], 1, mean.shape[1], 1)
+        view = (x.shape[0] // ctx.k, ctx.k, x.shape[1], x.shape[2:].numel())
+        one = (*view[:2], mean.shape[1], 1)
         grads = affine_grads(ctx, affine, view, grad_out, x, mean.reshape(one), rstd.reshape(one))
-        return *grads, None, None, None
+        return *grads, *(None,) * 4
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -162,8 +163,21 @@ def group_norm(
     weight_probe: Tensor | None = None,
     bias_probe: Tensor | None = None,
     call: Call = NO_LISTENER,
+    axis: int = 1,
 ) -> Tensor:
-    """`torch.nn.functional.group_norm` that measures; x [b, C, …].
+    """`torch.nn.functional.group_norm` that measures.
+
+    Args:
+        x: input [b, C, …], or [b, k, C, …] where k rows, each normalised by itself, are a sample.
+        groups: divide the channels.
+        weight: [C].
+        bias: [C] or None.
+        eps: added to the variances.
+        probe: see the package, as the others below.
+        weight_probe: as there.
+        bias_probe: as there.
+        call: as there.
+        axis: the dimension of the channels, 1 or 2.
 
     Raises:
         ValueError: an input without channels, or more samples than columns.
@@ -177,6 +191,9 @@ def group_norm(
     """
     check_channels(x, "group_norm")
     check_probe(x.shape[0], probe, "group_norm")
-    return _GroupNorm.apply(
-        _full_precision(x), weight, bias, probe, weight_probe, bias_probe, call, groups, eps
-    )  # type: ignore[return-value]
+    lead = x.shape[:axis]
+    x = _full_precision(x) if axis == 1 else _full_precision(x.flatten(0, 1))
+    y: Any = _GroupNorm.apply(
+        x, weight, bias, probe, weight_probe, bias_probe, call, groups, eps, lead[1:].numel()
+    )
+    return y if axis == 1 else y.unflatten(0, lead)

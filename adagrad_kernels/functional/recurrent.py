@@ -160,12 +160,12 @@ def _plain(mode: str, x: Tensor, state: Sequence[Tensor], weights: list[Tensor])
 
 class _Recurrent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mode, calls, x, h, c, *tensors):
+    def forward(ctx, mode, calls, k, x, h, c, *tensors):
         state = (h,) if c is None else (h, c)
         probe, weights = tensors[0], tensors[1:6]
         y, *last = _plain(mode, x, state, [w for w in weights if w is not None])
         ctx.save_for_backward(x, h, c, y, probe, *weights)
-        ctx.mode, ctx.calls = mode, calls
+        ctx.mode, ctx.calls, ctx.k = mode, calls, k
         return y, *(s.squeeze(0) for s in last)
 
     @staticmethod
@@ -188,16 +188,18 @@ class _Recurrent(torch.autograd.Function):
         inputs = _turned(found.inputs)
         states = inputs if found.states is found.inputs else _turned(found.states)
         parts = [
-            (x, inputs, w_ih, b_ih, need[6], need[8], need[11] or need[13]),
-            (h_before, states, w_hh, b_hh, need[7], need[9], need[12] or need[14]),
+            (x, inputs, w_ih, b_ih, need[7], need[9], need[12] or need[14]),
+            (h_before, states, w_hh, b_hh, need[8], need[10], need[13] or need[15]),
         ]
         if found.projected is not None:
             grad_out, m = map(_turned, found.projected)
-            parts.append((m, grad_out, w_hr, None, need[10], False, need[15]))
+            parts.append((m, grad_out, w_hr, None, need[11], False, need[16]))
         grad_p, grads, sums = torch.zeros_like(probe), [], []
         for call, (a, delta, w, b, need_w, need_b, coordinates) in zip(
             ctx.calls, parts, strict=False
         ):
+            if ctx.k > 1:
+                a, delta = (t.unflatten(0, (-1, ctx.k)) for t in (a, delta))
             notify(call, a, delta)
             grad_w, grad_b, part, sums_w, sums_b = ops.linear_weight_grad(
                 delta, a, probe.shape[1], need_w, need_b, coordinates
@@ -212,13 +214,13 @@ class _Recurrent(torch.autograd.Function):
         (s_ih, s_b_ih), (s_hh, s_b_hh), (s_hr, _) = sums
         squares = (s_ih, s_hh, s_b_ih, s_b_hh, s_hr)
         return (
-            None, None,
-            product(inputs, w_ih.t()) if need[2] else None,
-            found.initial[0] if need[3] else None,
-            found.initial[1] if need[4] else None,
+            None, None, None,
+            product(inputs, w_ih.t()) if need[3] else None,
+            found.initial[0] if need[4] else None,
+            found.initial[1] if need[5] else None,
             grad_p,
             g_ih, g_hh, g_b_ih, g_b_hh, g_hr,
-            *(s if n else None for s, n in zip(squares, need[11:], strict=True)),
+            *(s if n else None for s, n in zip(squares, need[12:], strict=True)),
         )  # fmt: skip
 
 
@@ -235,8 +237,9 @@ def recurrent(
 
     Args:
         mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", as `torch.nn.RNNBase.mode`.
-        x: input [b, T, I], T ≥ 1.
-        state: the initial h [b, H], for an LSTM also c [b, H] (and h [b, P] with a projection).
+        x: input [b, T, I], T ≥ 1; or [b, k, T, I], where k sequences are a sample.
+        state: the initial h [b, H], for an LSTM also c [b, H] (and h [b, P] with a projection);
+            with k sequences a sample [b, k, ·].
         weights: (W_ih [gates, I], W_hh [gates, H], b_ih, b_hh, W_hr), as torch lays them out; both
             biases may be None, and so is W_hr [P, H] without a projection.
         probe: see the package.
@@ -244,7 +247,7 @@ def recurrent(
         calls: of the products with W_ih, W_hh and W_hr; one of them counts the samples.
 
     Returns:
-        y [b, T, H] and the last state.
+        y [b, T, H] and the last state; with k sequences a sample [b, k, …].
 
     Raises:
         ValueError: an input that is not [b, T, I], or more samples than the probe has columns.
@@ -259,7 +262,7 @@ def recurrent(
     """
     if mode not in MODES:
         raise ValueError(f"recurrent: mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if x.dim() != 3 or not x.shape[1]:
+    if x.dim() not in (3, 4) or not x.shape[-2]:
         raise ValueError(
             f"recurrent: expected an input [samples, positions, features], got {list(x.shape)}"
         )
@@ -267,4 +270,10 @@ def recurrent(
     h, c = (*state, None)[:2]
     x, *others = autocast(x, h, c, *weights)
     h, c, *cast = others
-    return _Recurrent.apply(mode, tuple(calls), x, h, c, probe, *cast, *weight_probes)  # type: ignore[return-value]
+    lead = x.shape[:-2]
+    if len(lead) == 2:
+        x, h = x.flatten(0, 1), h.flatten(0, 1)
+        c = None if c is None else c.flatten(0, 1)
+    k = lead[1:].numel()
+    found: Any = _Recurrent.apply(mode, tuple(calls), k, x, h, c, probe, *cast, *weight_probes)
+    return found if len(lead) == 1 else tuple(t.unflatten(0, lead) for t in found)

@@ -19,6 +19,7 @@ from .conv import (
 from .embedding import ObservedEmbedding
 from .embedding_bag import ObservedEmbeddingBag
 from .fallback import ObservedFallback, fallback_class
+from .folded import CountedModel, counted_class
 from .linear import ObservedConv1D, ObservedLinear
 from .module import (
     PARAMETER_LISTS,
@@ -26,6 +27,7 @@ from .module import (
     module_class,
     own_parameters,
     refusal_of,
+    why_fixed,
 )
 from .normalisation import (
     ObservedBatchNorm1d,
@@ -99,13 +101,16 @@ __all__ = [
     "OBSERVED",
     "PARAMETER_LISTS",
     "TRUSTED",
+    "CountedModel",
     "ObservedEmbedding",
     "ObservedFallback",
     "ObservedLayer",
     "ObservedModule",
+    "counted_class",
     "fallback_class",
     "module_class",
     "observed_class",
     "own_parameters",
     "refusal_of",
+    "why_fixed",
 ]

@@ -99,9 +99,12 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
         assert weight is not None
         if not self.measures():
             return F.linear(x, weight, bias)
+        x = self.by_samples(x)
         probe, call = self.probe_and_call(x, self._calls[name])
         weight_probe, bias_probe = self._part(name, self.coordinate_probes())
-        return functional.linear(x, weight, bias, probe, weight_probe, bias_probe, call)
+        return self.as_rows(
+            functional.linear(x, weight, bias, probe, weight_probe, bias_probe, call)
+        )
 
     def _part(self, name: str, of: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of a projection, out of the parameters (or things shaped like them)."""

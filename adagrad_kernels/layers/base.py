@@ -53,6 +53,7 @@ class CallRecorder(Protocol):
     probe: Tensor
     coordinates: bool
     shared_values: SharedValues | None
+    samples: int | None
 
     @property
     def updater(self) -> Updater | None:
@@ -143,6 +144,7 @@ class ObservedLayer:
 
     Attributes:
         observed_name: the module's path in the model.
+        foldable: whether `by_samples` of its inputs can be measured.
         in_parts: whether its calls use different parts of one parameter.
         observed_parameters: names of the parameters that the layer measures.
         plain_class: the class that the instance had before.
@@ -150,6 +152,9 @@ class ObservedLayer:
             of their operands.
         takes_positions: of an embedding, whether its indices are shared by all samples, once that
             is known.
+        observed_folded: whether dimension 0 of its inputs holds several rows of each sample.
+        observed_counts: of a model, whether its inputs tell folded layers the number of samples.
+        observed_rows: of a folded layer, how many each sample had in the last input (eager mode).
         observed_sizes: where values computed of its parameters met others, or were repeated:
             (number of samples, size of dimension 0) so far.
         seen: the last input of each of its calls (eager mode), by the call's key.
@@ -158,11 +163,15 @@ class ObservedLayer:
     observed_parameters: tuple[str, ...] = ("weight", "bias")
     observed_method: ClassVar[str]
     in_parts: ClassVar[bool] = False
+    foldable: ClassVar[bool] = True
     observed_name: str
     plain_class: type[nn.Module]
     notifies_from_graphs: bool
     seen: dict[int, Seen]
     takes_positions: bool | None = None
+    observed_folded: bool
+    observed_counts: bool
+    observed_rows: int
     observed_sizes: dict[Any, set[tuple[int | None, int]]]
     _parameters: dict[str, nn.Parameter | None]  # of the module
 
@@ -193,6 +202,8 @@ class ObservedLayer:
         self._coordinate_probes: dict[str, Tensor] = {}
         self.seen = {}
         self.takes_positions = None
+        self.observed_folded = self.observed_counts = False
+        self.observed_rows = 0
         self.observed_sizes = {}
         self.notifies_from_graphs = False
         self.observed_name = name
@@ -240,6 +251,43 @@ class ObservedLayer:
             if p is not None and p.requires_grad:
                 return True
         return False
+
+    def rows_of_samples(self, rows: int) -> tuple[int, int]:
+        """(b, k) where so many rows are k of each of b samples, one sample after another.
+
+        Raises:
+            ValueError: they cannot be.
+            RuntimeError: a folded layer outside of its model's forward pass, which alone knows b.
+        """
+        if not self.observed_folded:
+            return rows, 1
+        samples = self._observer.samples
+        if samples is None:  # a checkpoint's second forward pass: as the first one
+            if not self.observed_rows:
+                raise RuntimeError(
+                    f"layer {self.observed_name!r} is folded: the number of samples is dimension 0 "
+                    "of the first tensor that the model is given; call the model itself"
+                )
+            samples = rows // self.observed_rows
+        k = rows // samples if samples else 1
+        if k * samples != rows:
+            raise ValueError(
+                f"layer {self.observed_name!r} is folded, but its {rows} rows are no multiple of "
+                f"the {samples} samples that the model was given"
+            )
+        if not torch.compiler.is_compiling():
+            self.observed_rows = k
+        return samples, k
+
+    def by_samples(self, x: Tensor) -> Tensor:
+        """An input [b·k, …] of a folded layer as [b, k, …]; of others as it is."""
+        if not self.observed_folded:
+            return x
+        return x.reshape(*self.rows_of_samples(x.shape[0]), *x.shape[1:])
+
+    def as_rows(self, y: Tensor) -> Tensor:
+        """An output [b, k, …] of a folded layer as [b·k, …]; of others as it is."""
+        return y.flatten(0, 1) if self.observed_folded else y
 
     def probe_and_call(self, x: Tensor, call: functional.Call) -> tuple[Tensor, functional.Call]:
         """The probe for a call with input x, and the call, with key 0 if nobody is notified."""
@@ -365,6 +413,9 @@ OWN_ATTRIBUTES = (
     "_single",
     "_constants",
     "observed_unused",
+    "observed_folded",
+    "observed_counts",
+    "observed_rows",
     "takes_positions",
     "observed_sizes",
     "_uses",

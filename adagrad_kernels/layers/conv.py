@@ -32,11 +32,13 @@ class _ObservedConv(ObservedLayer, _ConvNd):
         if explicit is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, explicit, mode=mode)
-        probe, weight_probe, bias_probe, call = self.probes(input)
-        return functional.conv(
-            input, self.weight, self.bias, probe, weight_probe, bias_probe, call,
+        x = self.by_samples(input)
+        probe, weight_probe, bias_probe, call = self.probes(x)
+        y = functional.conv(
+            x, self.weight, self.bias, probe, weight_probe, bias_probe, call,
             self.stride, padding, self.dilation, self.groups,
         )  # fmt: skip
+        return self.as_rows(y)
 
     def _paddings(self) -> tuple[list[int] | None, tuple[int, ...]]:
         """What `F.pad` has to do first, and the zeros on both sides that are left to do."""
@@ -51,6 +53,9 @@ class _ObservedConv(ObservedLayer, _ConvNd):
     ) -> Tensor:
         """See `ObservedLayer`."""
         (x,) = operands  # the padded input: only zeros are left to pad
+        if x.dim() > self.weight.dim():
+            y = self.respond(call, (x.flatten(0, 1),), params)
+            return y.unflatten(0, x.shape[:2])
         padding = self._paddings()[1]
         weight, bias = params.get("weight"), params.get("bias")
         of = _CONV[x.dim()]
@@ -72,6 +77,8 @@ class ObservedConv2d(_ObservedConv, nn.Conv2d):
 class ObservedConv3d(_ObservedConv, nn.Conv3d):
     """A 3-d convolution that measures; inputs [b, C, D, H, W]."""
 
+    foldable = False
+
 
 class _ObservedConvTranspose(ObservedLayer, _ConvTransposeNd):
     observed_method = "direct, Gram (few positions); operands exchanged"
@@ -86,17 +93,22 @@ class _ObservedConvTranspose(ObservedLayer, _ConvTransposeNd):
             input, output_size, self.stride, self.padding, self.kernel_size,
             len(self.stride), self.dilation,
         )  # fmt: skip
-        probe, weight_probe, bias_probe, call = self.probes(input)
-        return functional.conv_transpose(
-            input, self.weight, self.bias, probe, weight_probe, bias_probe, call,
+        x = self.by_samples(input)
+        probe, weight_probe, bias_probe, call = self.probes(x)
+        y = functional.conv_transpose(
+            x, self.weight, self.bias, probe, weight_probe, bias_probe, call,
             self.stride, this.padding, tuple(output_padding), self.dilation, self.groups,
         )  # type: ignore[arg-type]  # fmt: skip
+        return self.as_rows(y)
 
     def contract(
         self, call: functional.Call, saved: tuple[Tensor, ...], params: Mapping[str, Tensor]
     ) -> Tensor:
         """See `ObservedLayer`; the weight's part as a convolution of grad_out."""
         x, grad_out = (t.to(next(iter(params.values())).dtype) for t in saved)
+        if x.dim() > self.weight.dim():
+            of_rows = self.contract(call, (x.flatten(0, 1), grad_out.flatten(0, 1)), params)
+            return of_rows.unflatten(0, x.shape[:2]).sum(1)
         total = x.new_zeros(x.shape[0])
         if "weight" in params:
             back = _CONV[x.dim()](
@@ -120,3 +132,5 @@ class ObservedConvTranspose2d(_ObservedConvTranspose, nn.ConvTranspose2d):
 
 class ObservedConvTranspose3d(_ObservedConvTranspose, nn.ConvTranspose3d):
     """A transposed 3-d convolution that measures; inputs [b, C, D, H, W]."""
+
+    foldable = False

@@ -46,9 +46,12 @@ class ObservedTable(ObservedLayer):
 
     def rows_of(self, tokens: Tensor) -> Tensor:
         """The rows of tokens [b, T, …], measured."""
+        tokens = self.by_samples(tokens)
         probe, weight_probe, _, call = self.probes(tokens)
-        return functional.embedding(
-            tokens, self.weight, self.padding_idx, probe, weight_probe, call, self.sparse
+        return self.as_rows(
+            functional.embedding(
+                tokens, self.weight, self.padding_idx, probe, weight_probe, call, self.sparse
+            )
         )
 
     def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
@@ -109,7 +112,8 @@ def measure_tokens(
         measure: that of tokens [b, T, …], measured.
     """
     values = layer.shared_values
-    if _are_positions(layer, indices, values):
+    folded = layer.observed_folded and (values is None or not values.folded)
+    if not folded and _are_positions(layer, indices, values):
         if values is None:
             raise ValueError(
                 f"layer {layer.observed_name!r}: {_AMBIGUOUS.format(shape=list(indices.shape))}"

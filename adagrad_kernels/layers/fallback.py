@@ -41,6 +41,7 @@ class ObservedFallback(ObservedLayer, nn.Module):
         self._check(args, kwargs)
         if self.shared_values is not None:
             self.shared_values.check_met(list(args), f"layer {self.observed_name!r} takes it")
+        args = tuple(map(self.by_samples, args))
         probe, call = self.probe_and_call(args[0], self._call)
         check_probe(args[0].shape[0], probe, self.observed_name)
         params = self.trainable()
@@ -48,6 +49,7 @@ class ObservedFallback(ObservedLayer, nn.Module):
         probes = [of.get(name) for name in params]
         outputs = _Fallback.apply(self, kwargs, len(args), call, probe, *args, *params.values(),
                                   *probes)  # fmt: skip
+        outputs = tuple(map(self.as_rows, outputs))
         return outputs[0] if self._single else outputs
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -122,6 +124,8 @@ class ObservedFallback(ObservedLayer, nn.Module):
                 full = list(row)
                 for k, x in zip(floating, xs, strict=True):
                     full[k] = x
+                if self.observed_folded:  # [k, …]
+                    return self.run(p, full, kwargs)
                 found = self.run(p, (a.unsqueeze(0) for a in full), kwargs)
                 return tuple(y.squeeze(0) for y in found)
 
@@ -168,10 +172,11 @@ class _Fallback(torch.autograd.Function):
         ctx.names = list(params)
         ctx.save_for_backward(probe, *tensors[: arity + len(params)])
         buffers = {n: (b, b._version) for n, b in layer.named_buffers() if b.is_floating_point()}
-        outputs = layer.run(params, args, kwargs)
+        rows = tuple(map(layer.as_rows, args))
+        outputs = layer.run(params, rows, kwargs)
         layer.check_buffers(buffers)
-        layer.check_outputs(outputs, args[0].shape[0])
-        return outputs
+        layer.check_outputs(outputs, rows[0].shape[0])
+        return tuple(map(layer.by_samples, outputs))
 
     @staticmethod
     def backward(ctx, *grads_out):

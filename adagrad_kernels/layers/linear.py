@@ -24,10 +24,13 @@ class ObservedLinear(ObservedLayer, nn.Linear):
         """y = x Wᵀ + bias."""
         if not self.measures():
             return super().forward(input)
-        probe, weight_probe, bias_probe, call = self.probes(input)
+        x = self.by_samples(input)
+        probe, weight_probe, bias_probe, call = self.probes(x)
         update = self.weight_update(self.weight)
-        return functional.linear(
-            input, self.weight, self.bias, probe, weight_probe, bias_probe, call, update
+        return self.as_rows(
+            functional.linear(
+                x, self.weight, self.bias, probe, weight_probe, bias_probe, call, update
+            )
         )
 
     def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
@@ -64,10 +67,11 @@ class ObservedConv1D(ObservedLayer, nn.Module):
         """y = x W + bias."""
         if not self.measures():
             return self.plain_class.forward(self, x)
+        x = self.by_samples(x)
         probe, weight_probe, bias_probe, call = self.probes(x)
         weight_probe = None if weight_probe is None else weight_probe.t()
-        return functional.linear(
-            x, self.weight.t(), self.bias, probe, weight_probe, bias_probe, call
+        return self.as_rows(
+            functional.linear(x, self.weight.t(), self.bias, probe, weight_probe, bias_probe, call)
         )
 
     def respond(

@@ -139,11 +139,14 @@ class MeasuredFunctions(ObservedLayer):
         turned = turned != transposed
         of, name = self._coordinate_probes, "" if shift is None else shift.name
         use = Use("linear", own.name, name, turned)
-        probe, weight_probe, call = self._start(own, use, input)
+        x = self.by_samples(input)
+        probe, weight_probe, call = self._start(own, use, x)
         weight = weight.t() if transposed else weight
         if weight_probe is not None and turned:
             weight_probe = weight_probe.t()
-        return functional.linear(input, weight, bias, probe, weight_probe, of.get(name), call)
+        return self.as_rows(
+            functional.linear(x, weight, bias, probe, weight_probe, of.get(name), call)
+        )
 
     def _layer_norm(
         self,
@@ -160,12 +163,14 @@ class MeasuredFunctions(ObservedLayer):
             y = y if weight is None else values.apply(torch.mul, y, weight)
             return y if bias is None else values.apply(torch.add, y, bias)
         use = Use("normalisation", own[0].name, own[1])
-        probe, weight_probe, call = self._start(own[0], use, input)
+        x = self.by_samples(input)
+        probe, weight_probe, call = self._start(own[0], use, x)
         bias_probe = self._coordinate_probes.get(own[1])
-        return functional.layer_norm(
-            input, normalized_shape, cast(Tensor, weight), bias, eps,
+        y = functional.layer_norm(
+            x, normalized_shape, cast(Tensor, weight), bias, eps,
             probe, weight_probe, bias_probe, call,
         )  # fmt: skip
+        return self.as_rows(y)
 
     def _rms_norm(
         self,
@@ -180,8 +185,11 @@ class MeasuredFunctions(ObservedLayer):
             y = F.rms_norm(input, normalized_shape, None, eps)
             return values.apply(torch.mul, y, weight)
         use = Use("normalisation", own[0].name)
-        probe, weight_probe, call = self._start(own[0], use, input)
-        return functional.rms_norm(input, normalized_shape, weight, eps, probe, weight_probe, call)
+        x = self.by_samples(input)
+        probe, weight_probe, call = self._start(own[0], use, x)
+        return self.as_rows(
+            functional.rms_norm(x, normalized_shape, weight, eps, probe, weight_probe, call)
+        )
 
     def _scale_and_shift(
         self,
@@ -229,8 +237,11 @@ class MeasuredFunctions(ObservedLayer):
         setattr(self._paddings, f"row{self.observed_parameters.index(own.name)}", padding)
 
         def measure(tokens: Tensor) -> Tensor:
+            tokens = self.by_samples(tokens)
             probe, weight_probe, call = self._start(own, Use("embedding", own.name), tokens)
-            return functional.embedding(tokens, weight, padding_idx, probe, weight_probe, call)
+            return self.as_rows(
+                functional.embedding(tokens, weight, padding_idx, probe, weight_probe, call)
+            )
 
         return measure_tokens(self, input, lambda: function(input, weight, padding_idx), measure)
 

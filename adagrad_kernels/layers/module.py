@@ -14,6 +14,7 @@ from .. import functional
 from ..faults import layer_name
 from .attempt import Attempt, in_checkpoint
 from .base import OWN_ATTRIBUTES, ObservedLayer, UnsupportedLayerError
+from .folded import run_counted, samples_of
 from .measured_functions import MeasuredFunctions, Paddings, Use, uses_of
 from .shared_sources import ModuleCall, Own, UnmeasuredUse
 from .shared_values import SharedValues
@@ -63,9 +64,20 @@ class ObservedModule(MeasuredFunctions, nn.Module):
 
     def observed_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain module's forward pass, measured."""
+        if self.observed_counts:
+            return run_counted(self, self.measured_forward, args, kwargs)
+        return self.measured_forward(*args, **kwargs)
+
+    def measured_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The same, where the samples are counted already if that is needed."""
         if not torch.is_grad_enabled():
             return self.plain_class.forward(self, *args, **kwargs)
         outer, own = self._observer.shared_values, self.trainable()
+        if outer is not None and self.observed_folded and not outer.folded:
+            # Dimension 0 counts something else here: a watch of its own.
+            inputs = tree_leaves((args, kwargs))
+            outer.check_met(inputs, f"the folded layer {self.observed_name!r} takes it")
+            outer = None
         if outer is not None and not own:
             return self.plain_class.forward(self, *args, **kwargs)
         attempt = None
@@ -115,16 +127,18 @@ class ObservedModule(MeasuredFunctions, nn.Module):
             return self._run(outer, own, args, kwargs)
         constants = [of.get(key) for of, key in self._constants]
         values = SharedValues(
-            _samples(args, kwargs), [t for t in constants if isinstance(t, Tensor)]
+            samples_of(args, kwargs),
+            [t for t in constants if isinstance(t, Tensor)],
+            self.observed_folded,
         )
-        self._observer.shared_values = values
+        before, self._observer.shared_values = self._observer.shared_values, values
         try:
             with values:
                 found = self._run(values, own, args, kwargs)
             values.check_met(tree_leaves(found), "it is returned")
             _check_seen(values.own)
         finally:
-            self._observer.shared_values = None
+            self._observer.shared_values = before
             values.clear()
         return found
 
@@ -165,13 +179,17 @@ class ObservedModule(MeasuredFunctions, nn.Module):
         self._settled = True
 
     def expanded(self, own: Own, samples: int) -> Tensor:
-        """A parameter once for each sample, measured."""
+        """A parameter once for each sample, measured; in a folded module once for each row."""
         home, key = self._homes[own.name]
         p = home._parameters[key]
         assert p is not None
+        samples, k = self.rows_of_samples(samples)
         x = p.detach().unsqueeze(0).expand(samples, *p.shape)
         probe, weight_probe, call = self._start(own, Use("expand", own.name), x)
-        return functional.expand(p, samples, probe, weight_probe, call)
+        rows = functional.expand(p, samples, probe, weight_probe, call)
+        if not self.observed_folded:
+            return rows
+        return rows.unsqueeze(1).expand(samples, k, *p.shape).flatten(0, 1)
 
 
 def _check_seen(own: list[Own]) -> None:
@@ -206,20 +224,16 @@ def _homes(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return found
 
 
-def _samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """How many samples a module is given: dimension 0 of its first argument, but for positions."""
-    named = [value for key, value in kwargs.items() if "position" not in key]
-    for t in tree_leaves((args, named)):
-        if isinstance(t, Tensor) and t.dim():
-            return t.shape[0]
-    return None
-
-
 def refusal_of(module: nn.Module) -> str:
     """Why a module of another class cannot be observed by `ObservedModule`; empty if it can."""
-    kind = type(module)
-    if kind.__module__.startswith("torch.nn."):
+    if type(module).__module__.startswith("torch.nn."):
         return "it is of torch.nn"
+    return why_fixed(module)
+
+
+def why_fixed(module: nn.Module) -> str:
+    """Why the class of a module cannot be exchanged for one derived from it; empty if it can."""
+    kind = type(module)
     if isinstance(module, torch.fx.GraphModule):
         return "it is a GraphModule, which makes its own class"
     if "forward" in vars(module):

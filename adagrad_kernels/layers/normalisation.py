@@ -19,6 +19,11 @@ from .base import ObservedLayer, unwatched
 class _Affine(ObservedLayer):
     observed_method = "sums by channel"
 
+    @property
+    def channels_axis(self) -> int:
+        """The dimension of `by_samples(x)` that holds the channels of x [b, C, …]."""
+        return 2 if self.observed_folded else 1
+
     def respond(
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
     ) -> Tensor:
@@ -54,8 +59,11 @@ class ObservedLayerNorm(_Affine, nn.LayerNorm):
         """As `torch.nn.LayerNorm`."""
         if not self.measures():
             return super().forward(input)
-        return functional.layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, *self.probes(input)
+        x = self.by_samples(input)
+        return self.as_rows(
+            functional.layer_norm(
+                x, self.normalized_shape, self.weight, self.bias, self.eps, *self.probes(x)
+            )
         )
 
 
@@ -69,9 +77,12 @@ class ObservedRMSNorm(_Affine, nn.RMSNorm):
         """As `torch.nn.RMSNorm`."""
         if not self.measures():
             return super().forward(x)
+        x = self.by_samples(x)
         probe, weight_probe, _, call = self.probes(x)
-        return functional.rms_norm(
-            x, self.normalized_shape, self.weight, self.eps, probe, weight_probe, call
+        return self.as_rows(
+            functional.rms_norm(
+                x, self.normalized_shape, self.weight, self.eps, probe, weight_probe, call
+            )
         )
 
 
@@ -85,9 +96,12 @@ class ObservedGroupNorm(_Affine, nn.GroupNorm):
             return super().forward(input)
         values = input.shape[0] * input.shape[1:].numel() // self.num_groups
         _check_several(values, "value per channel", input)
-        return functional.group_norm(
-            input, self.num_groups, self.weight, self.bias, self.eps, *self.probes(input)
-        )
+        x = self.by_samples(input)
+        y = functional.group_norm(
+            x, self.num_groups, self.weight, self.bias, self.eps, *self.probes(x),
+            axis=self.channels_axis,
+        )  # fmt: skip
+        return self.as_rows(y)
 
 
 class _ObservedBatchNorm(_Affine, _BatchNorm):
@@ -109,12 +123,16 @@ class _ObservedBatchNorm(_Affine, _BatchNorm):
             values = input.shape[0] * input.shape[2:].numel()
             _check_several(values, "value per channel", input)
         tracked = not self.training or self.track_running_stats
-        return functional.batch_norm(
-            input,
+        x = self.by_samples(input)
+        if self.observed_folded:  # [b, C, k, …]
+            x = x.transpose(1, 2)
+        y = functional.batch_norm(
+            x,
             self.running_mean if tracked else None,
             self.running_var if tracked else None,
-            self.weight, self.bias, of_batch, momentum, self.eps, *self.probes(input),
+            self.weight, self.bias, of_batch, momentum, self.eps, *self.probes(x),
         )  # fmt: skip
+        return self.as_rows(y.transpose(1, 2)) if self.observed_folded else y
 
 
 class ObservedBatchNorm1d(_ObservedBatchNorm, nn.BatchNorm1d):
@@ -141,18 +159,22 @@ class _ObservedInstanceNorm(_Affine, _InstanceNorm):
                 f"layer {self.observed_name!r}: an input of shape {list(input.shape)} has no "
                 "sample dimension"
             )
-        probes = self.probes(input)
         if not self.track_running_stats:  # a group for each channel
             _check_several(input.shape[2:].numel(), "spatial element", input)
-            return functional.group_norm(
-                input, self.num_features, self.weight, self.bias, self.eps, *probes
-            )
+            x = self.by_samples(input)
+            y = functional.group_norm(
+                x, self.num_features, self.weight, self.bias, self.eps, *self.probes(x),
+                axis=self.channels_axis,
+            )  # fmt: skip
+            return self.as_rows(y)
         normalised = F.instance_norm(
             input, self.running_mean, self.running_var, None, None,
             self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum, self.eps,
         )  # fmt: skip
-        return functional.scale(normalised, self.weight, self.bias, 1, *probes)
+        x = self.by_samples(normalised)
+        y = functional.scale(x, self.weight, self.bias, self.channels_axis, *self.probes(x))
+        return self.as_rows(y)
 
 
 class ObservedInstanceNorm1d(_ObservedInstanceNorm, nn.InstanceNorm1d):
@@ -178,6 +200,7 @@ class ObservedPReLU(_Affine, nn.PReLU):
         if not self.measures():
             return super().forward(input)
         x = input.unsqueeze(1) if input.dim() == 1 else input  # one number a sample
-        probes = self.probes(x)
-        negative = functional.scale(x.clamp(max=0), self.weight, None, 1, *probes)
+        x = self.by_samples(x)
+        axis = self.channels_axis
+        negative = functional.scale(x.clamp(max=0), self.weight, None, axis, *self.probes(x))
         return F.relu(input) + negative.reshape(input.shape)

@@ -93,12 +93,13 @@ class ObservedRecurrent(ObservedLayer, nn.RNNBase):
         return list(zip(*hx, strict=True)) if lstm else [(h,) for h in hx]
 
     def _run(self, part: str, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, state = self.by_samples(x), tuple(map(self.by_samples, state))
         names = self._names(part)
         weights = [getattr(self, n, None) for n in names]
         probe = self._observer.probe_for(x)
         of = self.coordinate_probes()
         widths = {
-            "ih": x.shape[2],
+            "ih": x.shape[-1],
             "hh": self.proj_size or self.hidden_size,
             "hr": self.hidden_size,
         }
@@ -107,12 +108,13 @@ class ObservedRecurrent(ObservedLayer, nn.RNNBase):
             call = self._calls.get(product + part)
             if call is not None:
                 self._observer.on_forward(call)
-                shape = torch.Size((*x.shape[:2], widths[product]))
+                shape = torch.Size((*x.shape[:-1], widths[product]))
                 self.seen[call.key] = Seen(shape, x.dtype, x.requires_grad or product != "ih")
                 calls.append(call)
-        return functional.recurrent(
+        found = functional.recurrent(
             self.mode, x, state, weights, probe, [of.get(n) for n in names], calls
         )
+        return tuple(map(self.as_rows, found))
 
     @staticmethod
     def _names(part: str) -> list[str]:

@@ -79,15 +79,18 @@ class SharedValues(TorchFunctionMode):
     Args:
         samples: how many it was given; None if it does not take any.
         constants: tensors that are no samples, whatever their shape.
+        folded: whether `samples` counts the rows of folded ones.
 
     Attributes:
         own: all parameters of modules that took part.
         taken: the parameters that functions were given, by id, since `note_taken`; or None.
     """
 
-    def __init__(self, samples: int | None, constants: Iterable[Tensor]) -> None:
+    def __init__(
+        self, samples: int | None, constants: Iterable[Tensor], folded: bool = False
+    ) -> None:
         super().__init__()
-        self.samples = samples
+        self.samples, self.folded = samples, folded
         self.own: list[Own] = []
         self.taken: set[int] | None = None
         self._compiling = torch.compiler.is_compiling()
@@ -135,7 +138,7 @@ class SharedValues(TorchFunctionMode):
 
     def clear(self) -> None:
         """The forward pass is over, in whatever way. Forgets the values, which refer to this."""
-        self.__init__(self.samples, ())
+        self.__init__(self.samples, (), self.folded)
 
     def note_taken(self) -> None:
         """Starts to note which parameters functions are given."""

@@ -66,7 +66,7 @@ class AdAdaGrad(AdaptiveAdagrad):
             process, batches of one backward pass, eager models, criteria that look at norms, and
             without a GradScaler. After `backward()` has raised, some weights may have changed.
         **controller: `growth_limit`, `lr_policy` and the other options of
-            `BatchSizeController`, `fallback` and `process_group` of `observe`, and
+            `BatchSizeController`, `fallback`, `folded` and `process_group` of `observe`, and
             `observe_layers`, its `layers`: the test then looks at these layers' gradients only,
             while all parameters are updated.
 

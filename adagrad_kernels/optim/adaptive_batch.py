@@ -35,7 +35,7 @@ class AdaptiveBatch(Cycled):
             `torch.nn.utils.clip_grad_norm_`; the test looks at the gradient before. Do not clip
             by hand between `backward` and `step`.
         **controller: `growth_limit`, `lr_policy` and the other options of
-            `BatchSizeController`, `fallback` and `process_group` of `observe`, and
+            `BatchSizeController`, `fallback`, `folded` and `process_group` of `observe`, and
             `observe_layers`, its `layers`: the test then looks at these layers' gradients only,
             while all parameters are updated.
 

@@ -41,6 +41,7 @@ class BatchCycle:
         fallback: see `observe`.
         process_group: see `observe`.
         observe_layers: see `layers` of `observe`.
+        folded: see `observe`.
         options: further arguments of `BatchSizeController`.
     """
 
@@ -53,6 +54,7 @@ class BatchCycle:
         fallback: str = "error",
         process_group: Group | None = None,
         observe_layers: Iterable[str | nn.Module] | None = None,
+        folded: Iterable[str | nn.Module] = (),
         **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -81,6 +83,7 @@ class BatchCycle:
                 fallback=fallback,
                 process_group=process_group,
                 layers=observe_layers,
+                folded=folded,
             )
         self.ranks = self.observer.ranks
         if isinstance(self.observer, Observer):
@@ -389,7 +392,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     known = list(inspect.signature(BatchSizeController).parameters)[2:]
     for name in options:
         if name not in known:
-            others = "fallback, process_group, observe_layers"
+            others = "fallback, process_group, observe_layers, folded"
             raise TypeError(f"unexpected argument {name!r}; there are {', '.join(known)}, {others}")
 
 
