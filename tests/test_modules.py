@@ -22,7 +22,7 @@ from module_cases import (
 from per_sample import per_sample
 from torch import Tensor, nn
 from torch.testing import assert_close
-from watched import loss, measured
+from watched import check, loss, measured
 
 import adagrad_kernels as ak
 from adagrad_kernels import profiling
@@ -51,6 +51,45 @@ def test_the_same_numbers_as_the_plain_forward_pass(name: str, device: torch.dev
     with torch.no_grad():
         assert torch.equal(model(x), plain(x))
     observer.detach()
+
+
+class Started(nn.Module):
+    """A recurrent layer whose initial states are parameters."""
+
+    def __init__(self, kind: str, repeat: Callable[[Tensor, int], Tensor], first: bool) -> None:
+        super().__init__()
+        self.layer = getattr(nn, kind)(5, 4, 2, batch_first=first)
+        number = 2 if kind == "LSTM" else 1
+        self.states = nn.ParameterList(torch.randn(2, 1, 4) for _ in range(number))
+        self.repeat = repeat
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = tuple(self.repeat(state, len(x)) for state in self.states)
+        first = self.layer.batch_first
+        y, _ = self.layer(
+            x if first else x.transpose(0, 1), states if self.layer.mode == "LSTM" else states[0]
+        )
+        return y if first else y.transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        lambda state, b: state.tanh().expand(-1, b, -1).contiguous(),
+        lambda state, b: state.repeat(1, b, 1),
+        lambda state, b: state.new_zeros(2, b, 4) + state,
+        lambda state, b: torch.cat([state] * b, 1),
+    ],
+)
+def test_initial_states(
+    kind: str, repeat: Callable[[Tensor, int], Tensor], device: torch.device
+) -> None:
+    model = Started(kind, repeat, first=kind == "LSTM").double().to(device)
+    check(model, (3, 2, 6), device, fallback="vmap")  # two of them, as there are layers
+    frozen = Started(kind, repeat, first=True).double().to(device)
+    frozen.layer.requires_grad_(False)
+    check(frozen, (3,), device, fallback="vmap")
 
 
 def test_the_module_looks_as_before() -> None:

@@ -225,24 +225,6 @@ def test_a_layer_that_is_given_a_shared_value(device: torch.device) -> None:
             model(torch.randn(samples, 7, 5, device=device))
 
 
-def test_a_state_that_is_a_parameter(device: torch.device) -> None:
-    """Dimension 0 of a recurrent layer's state counts its layers."""
-
-    class Stateful(Known):
-        __module__ = Known.__module__
-
-        def __init__(self) -> None:
-            super().__init__(
-                lambda m, x: m.layer(x, m.p0.expand(1, x.shape[0], 4).contiguous())[0], (1, 1, 4)
-            )
-            self.layer = nn.GRU(5, 4, batch_first=True)
-
-    model = Stateful().to(device)
-    ak.observe(model)
-    with pytest.raises(ak.UnsupportedLayerError, match="layer 'layer' takes it before it has met"):
-        model(torch.randn(3, 7, 5, device=device))
-
-
 def test_mixed_precision_of_what_is_computed(device: torch.device) -> None:
     def forward(m: Known, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

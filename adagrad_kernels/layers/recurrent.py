@@ -39,9 +39,20 @@ class ObservedRecurrent(ObservedLayer, nn.RNNBase):
             if hasattr(self, f"weight_{product}{part}")
         }
 
-    @unwatched
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """As the plain module, for tensors with a sample dimension."""
+        """As the plain module, for tensors with a sample dimension.
+
+        Initial states may be parameters of the module around this one, repeated for the samples.
+        """
+        values = self.shared_values
+        if values is not None and hx is not None and torch.is_grad_enabled():
+            states = hx if isinstance(hx, tuple) else (hx,)
+            states = tuple(values.along(state, 1) for state in states)
+            hx = states if isinstance(hx, tuple) else states[0]
+        return self._forward(input, hx)
+
+    @unwatched
+    def _forward(self, input: Any, hx: Any) -> Any:
         if not self.measures():
             return super().forward(input, hx)
         self._check(input)

@@ -365,6 +365,18 @@ class SharedValues(TorchFunctionMode):
         args, kwargs = tree_unflatten(leaves, structure)
         return func(*args, **kwargs)
 
+    def along(self, value: Tensor, dim: int) -> Tensor:
+        """A value whose dimension `dim` counts the samples; if it is shared, measured.
+
+        Sample i's part is that of its own repetition: the diagonal of all repetitions.
+        """
+        source, samples = self.source(value), self.samples
+        if source is None or samples is None or value.shape[dim] != samples:
+            return value
+        self._check_unwritten([value], source.owner)
+        with torch._C.DisableTorchFunction():
+            return source.rows(samples).diagonal(0, 0, dim + 1).movedim(-1, dim)
+
     def apply(self, func: Callable[..., Any], x: Tensor, value: Tensor) -> Any:
         """func(x, value) for samples x and any value."""
         if self.source(value) is None:
