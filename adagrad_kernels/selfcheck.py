@@ -29,6 +29,9 @@ _ALLOWED = {
     torch.float16: (2e-2, 2e-3),
 }
 
+_LEAST = 1e-18
+"""Of gradients whose elements are smaller nothing is said: their squares vanish in float32."""
+
 
 @torch.no_grad()
 def unexplained(
@@ -54,7 +57,10 @@ def unexplained(
         for key, p in call.layer.trainable().items():
             if p.grad is None or is_sharded(p.grad):
                 continue
-            value = call.layer.contract(call.call, call.saved, {key: _wide(p.grad)}).sum()
+            grad = _wide(p.grad)
+            scale = _largest(grad).clamp(min=_LEAST)
+            value = call.layer.contract(call.call, call.saved, {key: grad / scale}).sum()
+            value = value.double() * scale
             explained[p] = explained[p] + value if p in explained else value
     norms = {p: _wide(p.grad).double().square().sum() for p in explained if p.grad is not None}
     total = sum_norms_sq.double()
@@ -64,6 +70,7 @@ def unexplained(
     for p, value in explained.items():
         norm_sq = norms[p]
         allowed = relative * norm_sq + of_noise * norm_sq.sqrt() * spread
+        allowed = allowed + p.numel() * _LEAST**2
         if torch.isfinite(value) and (value - norm_sq).abs() > allowed:
             return (
                 f"parameter {names[p]!r} has a gradient that the calls of its layer do not "
@@ -164,6 +171,11 @@ def _over_ranks(
     half = len(params)
     first, second = dict(zip(params, sums[:half], strict=True)), sums[half:]
     return total, first, dict(zip(params, second, strict=True))
+
+
+def _largest(grad: Tensor) -> Tensor:
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    return values.abs().max() if values.numel() else values.new_zeros(())
 
 
 def _wide(grad: Tensor) -> Tensor:

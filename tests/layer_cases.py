@@ -80,6 +80,57 @@ class Twice(nn.Module):
         return self.layer(self.layer(x).tanh())
 
 
+class Loop(nn.Module):
+    """A recurrent network written out: linear layers called once a position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_input, self.of_state = nn.Linear(4, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 5)
+        for t in range(x.shape[1]):
+            state = torch.tanh(self.of_input(x[:, t]) + self.of_state(state))
+        return state
+
+
+class Sizes(nn.Module):
+    """A layer that is called on an image, on it again, and on half of it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.layer(x).sin() + self.layer(x.cos())
+        return whole.flatten(2).mean(2) + self.layer(x[..., ::2]).sin().flatten(2).mean(2)
+
+
+class Strides(nn.Module):
+    """One weight in two convolutions that differ in their strides, or a transposed one."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), other
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+class Queries(nn.Module):
+    """Attention to itself, then of the result to the input, by the same layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(x, x, x)[0]
+        z = self.attention(y, x, x)[0]
+        return self.attention(z, y, x.sin())[0]
+
+
 class Scaled(nn.Module):
     """A parameter without dimensions, and an output without features."""
 
@@ -280,6 +331,28 @@ CASES = {
     "twice": Case(lambda: Twice(nn.Linear(5, 5)), (6, 5), compiles=False),
     "twice-positions": Case(lambda: Twice(nn.Linear(5, 5)), (6, 3, 5), compiles=False),
     "twice-conv": Case(lambda: Twice(nn.Conv2d(3, 3, 3, padding=1)), (6, 3, 5, 5), compiles=False),
+    "twice-conv-images": Case(
+        lambda: Twice(nn.Conv2d(3, 3, 3, padding=1, groups=3, bias=False)),
+        (6, 3, 5, 5),
+        compiles=False,
+    ),
+    "twice-conv3d": Case(
+        lambda: Twice(nn.Conv3d(2, 2, 3, padding=1)), (4, 2, 3, 4, 3), compiles=False
+    ),
+    "twice-transposed": Case(
+        lambda: Twice(nn.ConvTranspose2d(3, 3, 3, padding=1)), (4, 3, 5, 5), compiles=False
+    ),
+    "twice-group-norm": Case(lambda: Twice(nn.GroupNorm(2, 4)), (6, 4, 5, 5), compiles=False),
+    "twice-attention": Case(Queries, (4, 5, 4), compiles=False),
+    "loop": Case(Loop, (6, 5, 4), compiles=False),
+    "sizes": Case(lambda: Sizes(nn.Conv1d(3, 4, 3, padding=1)), (4, 3, 6), compiles=False),
+    "sizes-norm": Case(lambda: Sizes(nn.InstanceNorm1d(3, affine=True)), (4, 3, 8), compiles=False),
+    "tied-strides": Case(
+        lambda: Strides(nn.Conv2d(3, 3, 3, stride=2)), (4, 3, 7, 7), compiles=False
+    ),
+    "tied-transposed": Case(
+        lambda: Strides(nn.ConvTranspose2d(3, 3, 3, bias=False)), (4, 3, 5, 5), compiles=False
+    ),
     "twice-norm": Case(lambda: Twice(nn.LayerNorm(5)), (6, 3, 5), compiles=False),
     "vmap": Case(lambda: between(Custom(), 4)[:2], (6, 5), fallback="vmap", compiles=False),
     "vmap-scalar": Case(

@@ -4,11 +4,13 @@ import copy
 import gc
 import io
 import pickle
+import types
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from layer_cases import Loop
 from per_sample import per_sample
 from test_observer import Outside, assert_statistics, small, squares, total, train_on
 from torch import Tensor, nn
@@ -132,6 +134,37 @@ def test_a_layer_called_for_parts_of_the_batch_is_refused_by_name(device: torch.
     model[1](hidden).square().mean().backward()
     with pytest.raises(RuntimeError, match=r"disagree about the number of samples .*'0'"):
         observer.statistics()
+
+
+def test_a_layer_called_often_is_measured_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not pair by pair: the work grows as the calls do."""
+    calls = []
+    plain = shared.ops.linear_weight_grad
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return plain(*arguments)
+
+    model = Loop()
+    observer = ak.observe(model, coordinates=True)
+    monkeypatch.setattr(shared, "ops", types.SimpleNamespace(linear_weight_grad=counted))
+    for positions in (3, 20):
+        calls.clear()
+        model.zero_grad()
+        observer.reset()
+        model(torch.randn(4, positions, 4)).square().sum().backward()
+        assert len(calls) == 4  # of each layer all positions as one call, and by themselves
+        assert observer.statistics().batch_size == 4
+
+
+def test_gradients_whose_squares_vanish(device: torch.device) -> None:
+    """As those of a loss that is all but zero: they are explained, too."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(device)
+    observer = ak.observe(model)
+    (model(torch.randn(5, 4, device=device)).square().sum() * 1e-27).backward()
+    s = observer.statistics()
+    assert s.batch_size == 5
+    assert 0 <= s.mean_norm_sq < 1e-40
 
 
 def test_layers_that_disagree_about_the_batch_dimension(device: torch.device) -> None:

@@ -137,6 +137,27 @@ def _weight_grad(
     return grad_w, grad_b, probe, sums_w, sums_b
 
 
+def conv_statistics(
+    grad_out: Tensor, x: Tensor, weight: Tensor, options: tuple, capacity: int, coordinates: bool
+) -> tuple[Tensor, Tensor]:
+    """The probe's gradient and the coordinate sums of a weight, for k images a sample.
+
+    Args:
+        grad_out: [b, k, O, *D].
+        x: [b, k, C, *D]; of a transposed convolution it takes the place of grad_out.
+        weight: whose shape is meant.
+        options: stride, padding, dilation and groups.
+        capacity: columns of the probe.
+        coordinates: whether the sums are wanted.
+    """
+    k = x.shape[1]
+    rows = (grad_out.flatten(0, 1), x.flatten(0, 1))
+    _, _, probe, sums, _ = _weight_grad(
+        *rows, weight, k, options, capacity, True, False, coordinates
+    )
+    return probe, sums
+
+
 def _images(x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
     """[b, k, C, *D] as [b·k, C, *D], and k."""
     return (x.flatten(0, 1), x.shape[1]) if x.dim() > weight.dim() else (x, 1)

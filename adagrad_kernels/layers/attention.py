@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .base import ObservedLayer, unwatched
-from .linear import linear_response
+from .base import Form, ObservedLayer, unwatched
+from .linear import linear_response, linear_sample_grads
 
 _PROJECTIONS = ("q", "k", "v")
 
@@ -19,7 +20,6 @@ _PROJECTIONS = ("q", "k", "v")
 class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
     """Multi-head attention that measures; `out_proj` is an observed linear layer of its own."""
 
-    in_parts = True
     observed_method = "direct, Gram (few positions); input projections"
     observed_parameters = (
         "in_proj_weight",
@@ -142,6 +142,37 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
         weights = F.dropout(weights, self.dropout, self.training)
         return weights @ v, weights
 
+    def takes(self, call: functional.Call, name: str) -> bool:
+        """See `ObservedLayer`."""
+        part = self._part_with(call.key)
+        return name.startswith("in_proj") or name == f"{part}_proj_weight"
+
+    def used_again(self, calls: Counter[int]) -> bool:
+        """See `ObservedLayer`: the joint projection's parameters are those of the single ones."""
+        joint, *single = (calls[call.key] for call in self._calls.values())
+        return joint + max(single) > 1
+
+    def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
+        """See `ObservedLayer`."""
+        if name == "in_proj_bias":
+            return Form()
+        part = self._part_with(call.key)
+        return Form("linear", part if name == "in_proj_weight" and part != "qkv" else "")
+
+    def sample_grads(
+        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
+    ) -> dict[str, Tensor]:
+        """See `ObservedLayer`."""
+        own, found = self.trainable(), {}
+        for name in names:
+            grad = linear_sample_grads(*saved, of_bias=name == "in_proj_bias")
+            full = grad.new_zeros(grad.shape[0], *own[name].shape)
+            for whole, part in zip(full, grad, strict=True):
+                parts = self.part_of(call.key, {name: whole})
+                next(p for p in parts if p is not None).copy_(part)
+            found[name] = full
+        return found
+
     def respond(
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
     ) -> Tensor:
@@ -151,8 +182,11 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
 
     def part_of(self, key: int, of: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of the projection with this key, out of the parameters."""
+        return self._part(self._part_with(key), of)
+
+    def _part_with(self, key: int) -> str:
         (name,) = (n for n, call in self._calls.items() if call.key == key)
-        return self._part(name, of)
+        return name
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

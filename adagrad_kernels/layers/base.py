@@ -128,6 +128,23 @@ def unwatched(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+class Form(NamedTuple):
+    """How c_i of a weight comes from the operands x and grad_out of a call.
+
+    Attributes:
+        kind: "linear", Σ_t g_t x_tᵀ; "transposed", Σ_t x_t g_tᵀ; "embedding", the sum of g_t over
+            the positions t of a token; "convolution"; or "" for all else.
+        part: of the parameter, where calls use disjoint ones.
+        padding: the token without gradient, or -1.
+        options: of a convolution, with the sizes of an image and its output.
+    """
+
+    kind: str = ""
+    part: str = ""
+    padding: int = -1
+    options: tuple[Any, ...] = ()
+
+
 class Seen(NamedTuple):
     """The input of a call: what its cost is estimated from, see `coverage`."""
 
@@ -145,7 +162,6 @@ class ObservedLayer:
     Attributes:
         observed_name: the module's path in the model.
         foldable: whether `by_samples` of its inputs can be measured.
-        in_parts: whether its calls use different parts of one parameter.
         observed_parameters: names of the parameters that the layer measures.
         plain_class: the class that the instance had before.
         notifies_from_graphs: whether compiled graphs, too, notify of their calls: it takes copies
@@ -162,7 +178,6 @@ class ObservedLayer:
 
     observed_parameters: tuple[str, ...] = ("weight", "bias")
     observed_method: ClassVar[str]
-    in_parts: ClassVar[bool] = False
     foldable: ClassVar[bool] = True
     observed_name: str
     plain_class: type[nn.Module]
@@ -342,14 +357,24 @@ class ObservedLayer:
         several = self._calls and any(calls[call.key] > 1 for call in self._calls.values())
         return calls[self._call.key] > 1 or bool(several)
 
-    def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
-        """Whether c_i of this parameter is Σ_t u_t v_tᵀ in this call, for cross terms.
+    def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
+        """How c_i of this parameter comes from the operands of a call, for cross terms."""
+        return Form()
 
-        Returns:
-            "linear", with u from grad_out and v from the input; "embedding", where u is one at the
-            token and v from grad_out; or "". And the token without gradient, or -1.
-        """
-        return "", -1
+    @property
+    def sparse_gradient(self) -> bool:
+        """Whether its weight's gradient holds the rows that occur alone."""
+        return False
+
+    def weight_statistics(
+        self, x: Tensor, grad_out: Tensor, capacity: int, coordinates: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The probe's gradient and Σ_i c_i² of a convolution's weight, for images [b, k, …]."""
+        raise NotImplementedError
+
+    def part_of(self, key: int, of: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the call with this key, out of tensors like the parameters."""
+        raise NotImplementedError
 
     def respond(
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .. import functional
-from .base import ObservedLayer, unwatched
+from ..functional.conv import conv_statistics
+from .base import Form, ObservedLayer, unwatched
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
@@ -20,8 +21,46 @@ def _over_channels(bias: Tensor, like: Tensor) -> Tensor:
     return bias.reshape(1, -1, *(1,) * (like.dim() - 2)).expand_as(like)
 
 
-class _ObservedConv(ObservedLayer, _ConvNd):
+class _AnyConv(ObservedLayer, _ConvNd):
+    """What convolutions and transposed ones share."""
+
+    def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
+        """See `ObservedLayer`; three-dimensional ones cannot have several images a sample."""
+        if name != "weight" or not self.foldable:
+            return Form()
+        dims = self.weight.dim() - 1  # of an image
+        return Form("convolution", options=(*self._options(), *(t.shape[-dims:] for t in saved)))
+
+    def _options(self) -> tuple[Any, ...]:
+        """Stride, padding, dilation and groups; whether it is transposed."""
+        raise NotImplementedError
+
+    def weight_statistics(
+        self, x: Tensor, grad_out: Tensor, capacity: int, coordinates: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `ObservedLayer`."""
+        *options, transposed = self._options()
+        images = (x, grad_out) if transposed else (grad_out, x)
+        return conv_statistics(*images, self.weight, tuple(options), capacity, coordinates)
+
+    def sample_grads(
+        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
+    ) -> dict[str, Tensor]:
+        """See `ObservedLayer`."""
+        found = {}
+        if "bias" in names:
+            grad = saved[-1].flatten(2 - self.weight.dim()).sum(-1)
+            found["bias"] = grad.sum(1) if grad.dim() > 2 else grad
+        if "weight" in names:
+            found |= super().sample_grads(call, saved, ["weight"])
+        return found
+
+
+class _ObservedConv(_AnyConv):
     observed_method = "direct, Gram (few positions)"
+
+    def _options(self) -> tuple[Any, ...]:
+        return self.stride, self._paddings()[1], self.dilation, self.groups, False
 
     @unwatched
     def forward(self, input: Tensor) -> Tensor:
@@ -80,8 +119,11 @@ class ObservedConv3d(_ObservedConv, nn.Conv3d):
     foldable = False
 
 
-class _ObservedConvTranspose(ObservedLayer, _ConvTransposeNd):
+class _ObservedConvTranspose(_AnyConv, _ConvTransposeNd):
     observed_method = "direct, Gram (few positions); operands exchanged"
+
+    def _options(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups, True
 
     @unwatched
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .base import ObservedLayer, unwatched
+from .base import Form, ObservedLayer, unwatched
 from .shared_sources import Once
 from .shared_values import SharedValues
 
@@ -54,15 +54,25 @@ class ObservedTable(ObservedLayer):
             )
         )
 
-    def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
+    @property
+    def sparse_gradient(self) -> bool:
         """See `ObservedLayer`."""
-        return "embedding", -1 if self.padding_idx is None else self.padding_idx
+        return self.sparse
+
+    def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
+        """See `ObservedLayer`."""
+        return Form("embedding", padding=self.padding)
+
+    @property
+    def padding(self) -> int:
+        """The token without gradient, or -1."""
+        return -1 if self.padding_idx is None else self.padding_idx
 
     def respond(
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
     ) -> Tensor:
         """See `ObservedLayer`."""
-        return embedding_response(operands[0], params["weight"], self.factors(call, "weight")[1])
+        return embedding_response(operands[0], params["weight"], self.padding)
 
 
 class ObservedEmbedding(ObservedTable, nn.Embedding):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..functional._product import product
-from .base import ObservedLayer, unwatched
+from .base import Form, ObservedLayer, unwatched
 
 
 class ObservedLinear(ObservedLayer, nn.Linear):
@@ -33,9 +33,15 @@ class ObservedLinear(ObservedLayer, nn.Linear):
             )
         )
 
-    def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
+    def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
         """See `ObservedLayer`."""
-        return ("linear" if name == "weight" else ""), -1
+        return Form("linear" if name == "weight" else "")
+
+    def sample_grads(
+        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
+    ) -> dict[str, Tensor]:
+        """See `ObservedLayer`."""
+        return {name: linear_sample_grads(*saved, of_bias=name == "bias") for name in names}
 
     def respond(
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
@@ -53,6 +59,14 @@ def linear_response(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Te
         assert bias is not None
         return bias.expand(*x.shape[:-1], bias.shape[0])
     return F.linear(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
+
+
+def linear_sample_grads(x: Tensor, grad_out: Tensor, of_bias: bool) -> Tensor:
+    """c_i of the weight [b, O, I], or of the bias [b, O]."""
+    grad = grad_out.reshape(grad_out.shape[0], -1, grad_out.shape[-1])
+    if of_bias:
+        return grad.sum(1)
+    return grad.mT @ x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class ObservedConv1D(ObservedLayer, nn.Module):
@@ -73,6 +87,17 @@ class ObservedConv1D(ObservedLayer, nn.Module):
         return self.as_rows(
             functional.linear(x, self.weight.t(), self.bias, probe, weight_probe, bias_probe, call)
         )
+
+    def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
+        """See `ObservedLayer`."""
+        return Form("transposed" if name == "weight" else "")
+
+    def sample_grads(
+        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
+    ) -> dict[str, Tensor]:
+        """See `ObservedLayer`."""
+        found = {name: linear_sample_grads(*saved, of_bias=name == "bias") for name in names}
+        return {name: grad.mT if name == "weight" else grad for name, grad in found.items()}
 
     def respond(
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]

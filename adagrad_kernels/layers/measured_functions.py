@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from .base import ObservedLayer
+from .base import Form, ObservedLayer
 from .embedding import embedding_response, measure_tokens
 from .linear import linear_response
 from .normalisation import affine_response
@@ -260,12 +260,14 @@ class MeasuredFunctions(ObservedLayer):
                 found[name] += calls[key]
         return any(number > 1 for number in found.values())
 
-    def factors(self, call: functional.Call, name: str) -> tuple[str, int]:
+    def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
         """See `ObservedLayer`."""
         use = self._uses[call.key]
-        if use.weight != name or use.transposed or use.kind not in ("linear", "embedding"):
-            return "", -1
-        return use.kind, self._padding_of(use) if use.kind == "embedding" else -1
+        if use.weight != name or use.kind not in ("linear", "embedding"):
+            return Form()
+        if use.kind == "embedding":
+            return Form("embedding", padding=self._padding_of(use))
+        return Form("transposed" if use.transposed else "linear")
 
     def _padding_of(self, use: Use) -> int:
         return getattr(self._paddings, f"row{self.observed_parameters.index(use.weight)}")

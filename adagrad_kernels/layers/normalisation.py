@@ -30,6 +30,23 @@ class _Affine(ObservedLayer):
         """See `ObservedLayer`."""
         return affine_response(operands, params.get("weight"), params.get("bias"))
 
+    def sample_grads(
+        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
+    ) -> dict[str, Tensor]:
+        """See `ObservedLayer`."""
+        *operands, grad = saved
+        own, found = self.trainable(), {}
+        for name in names:
+            if name == "bias":
+                by_channel = grad.sum((1, 3))
+            else:
+                one = grad.new_ones(grad.shape[2])
+                by_channel = (affine_response(tuple(operands), one, None) * grad).sum((1, 3))
+            shared = own[name].numel() < by_channel.shape[1]  # one scale for all channels
+            by_channel = by_channel.sum(1) if shared else by_channel
+            found[name] = by_channel.reshape(len(grad), *own[name].shape)
+        return found
+
 
 def affine_response(
     operands: tuple[Tensor, ...], weight: Tensor | None, bias: Tensor | None

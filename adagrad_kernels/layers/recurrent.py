@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
-from .base import ObservedLayer, Seen, unwatched
-from .linear import linear_response
+from .base import Form, ObservedLayer, Seen, unwatched
+from .linear import linear_response, linear_sample_grads
 
 _PRODUCTS = ("ih", "hh", "hr")
 
@@ -25,7 +25,6 @@ class ObservedRecurrent(ObservedLayer, nn.RNNBase):
     the plain module does.
     """
 
-    in_parts = True
     observed_method = "direct, Gram (few positions); products of inputs and of states"
 
     def attach(self, observer: Any, name: str) -> None:
@@ -132,6 +131,21 @@ class ObservedRecurrent(ObservedLayer, nn.RNNBase):
         """The parameters of a part, as `functional.recurrent` takes them."""
         return [f"{kind}{part}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh",
                                              "weight_hr")]  # fmt: skip
+
+    def takes(self, call: functional.Call, name: str) -> bool:
+        """See `ObservedLayer`: a call is a product, with its own weight and bias."""
+        (product,) = (n for n, known in self._calls.items() if known.key == call.key)
+        return name in (f"weight_{product}", f"bias_{product}")
+
+    def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
+        """See `ObservedLayer`."""
+        return Form("linear" if name.startswith("weight") else "")
+
+    def sample_grads(
+        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
+    ) -> dict[str, Tensor]:
+        """See `ObservedLayer`."""
+        return {n: linear_sample_grads(*saved, of_bias=n.startswith("bias")) for n in names}
 
     def respond(
         self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
