@@ -178,7 +178,7 @@ def cost_of(layer: ObservedLayer, coordinates: bool, inner_products: bool) -> Co
 
 
 def _of_call(layer: Any, key: int, seen: Seen, call: Call) -> Cost:
-    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)):
         return _projection(layer, key, seen, call)
     if isinstance(layer, _ConvNd):
         return _conv(layer, seen, call)

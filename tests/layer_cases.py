@@ -1,7 +1,7 @@
 """One small model for every supported layer and for the ways in which layers are put together."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.utils.parametrize
@@ -92,6 +92,21 @@ class Loop(nn.Module):
         for t in range(x.shape[1]):
             state = torch.tanh(self.of_input(x[:, t]) + self.of_state(state))
         return state
+
+
+class Cells(nn.Module):
+    """Cells, one on top of the other, stepped along the positions."""
+
+    def __init__(self, make: Callable[..., nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.first, self.second = make(4, 5, **options), make(5, 3, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = None, None
+        for t in range(x.shape[1]):
+            first = self.first(x[:, t], first)
+            second = self.second(first[0] if isinstance(first, tuple) else first, second)
+        return second[0] if isinstance(second, tuple) else second
 
 
 class Sizes(nn.Module):
@@ -345,6 +360,12 @@ CASES = {
     "twice-group-norm": Case(lambda: Twice(nn.GroupNorm(2, 4)), (6, 4, 5, 5), compiles=False),
     "twice-attention": Case(Queries, (4, 5, 4), compiles=False),
     "loop": Case(Loop, (6, 5, 4), compiles=False),
+    "lstm-cell": Case(lambda: Cells(nn.LSTMCell), (6, 3, 4), compiles=False),
+    "gru-cell": Case(lambda: Cells(nn.GRUCell), (6, 3, 4), compiles=False),
+    "rnn-cell": Case(
+        lambda: Cells(nn.RNNCell, nonlinearity="relu", bias=False), (6, 3, 4), compiles=False
+    ),
+    "cell-once": Case(lambda: Cells(nn.RNNCell), (6, 1, 4)),
     "sizes": Case(lambda: Sizes(nn.Conv1d(3, 4, 3, padding=1)), (4, 3, 6), compiles=False),
     "sizes-norm": Case(lambda: Sizes(nn.InstanceNorm1d(3, affine=True)), (4, 3, 8), compiles=False),
     "tied-strides": Case(

@@ -8,6 +8,7 @@ from torch import nn
 
 from .attention import ObservedMultiheadAttention
 from .base import ObservedLayer
+from .cells import ObservedGRUCell, ObservedLSTMCell, ObservedRNNCell
 from .conv import (
     ObservedConv1d,
     ObservedConv2d,
@@ -67,6 +68,9 @@ OBSERVED: dict[type[nn.Module], type[ObservedLayer]] = {
     nn.LSTM: ObservedLSTM,
     nn.GRU: ObservedGRU,
     nn.RNN: ObservedRNN,
+    nn.LSTMCell: ObservedLSTMCell,
+    nn.GRUCell: ObservedGRUCell,
+    nn.RNNCell: ObservedRNNCell,
 }
 """Plain class to observed class. A subclass that keeps the plain `forward` is supported too."""
 

@@ -17,15 +17,52 @@ from .linear import linear_response, linear_sample_grads
 _PRODUCTS = ("ih", "hh", "hr")
 
 
-class ObservedRecurrent(ObservedLayer, nn.RNNBase):
+class Products(ObservedLayer):
+    """What recurrent layers share: a call is a product, with its own weight and bias.
+
+    `_calls` has them by name: "ih" has the parameters weight_ih and bias_ih.
+    """
+
+    observed_method = "direct, Gram (few positions); products of inputs and of states"
+
+    def takes(self, call: functional.Call, name: str) -> bool:
+        """See `ObservedLayer`."""
+        return name in self._names_with(call.key)
+
+    def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
+        """See `ObservedLayer`."""
+        return Form("linear" if name.startswith("weight") else "")
+
+    def sample_grads(
+        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
+    ) -> dict[str, Tensor]:
+        """See `ObservedLayer`."""
+        return {n: linear_sample_grads(*saved, of_bias=n.startswith("bias")) for n in names}
+
+    def respond(
+        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
+    ) -> Tensor:
+        """See `ObservedLayer`."""
+        (x,) = operands
+        return linear_response(x, *self.part_of(call.key, params))
+
+    def part_of(self, key: int, of: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the product with this key, out of the parameters."""
+        weight, bias = self._names_with(key)
+        return of.get(weight), of.get(bias)
+
+    def _names_with(self, key: int) -> tuple[str, str]:
+        (product,) = (name for name, call in self._calls.items() if call.key == key)
+        return f"weight_{product}", f"bias_{product}"
+
+
+class ObservedRecurrent(Products, nn.RNNBase):
     """A recurrent layer that measures; its weights are those of linear layers at T positions.
 
     The samples are dimension 0 of the input, or dimension 1 without `batch_first`. Each layer and
     direction runs by itself, so that dropout between the layers draws other random numbers than
     the plain module does.
     """
-
-    observed_method = "direct, Gram (few positions); products of inputs and of states"
 
     def attach(self, observer: Any, name: str) -> None:
         """See `ObservedLayer`: a call for each product, the first of which counts the samples."""
@@ -131,33 +168,6 @@ class ObservedRecurrent(ObservedLayer, nn.RNNBase):
         """The parameters of a part, as `functional.recurrent` takes them."""
         return [f"{kind}{part}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh",
                                              "weight_hr")]  # fmt: skip
-
-    def takes(self, call: functional.Call, name: str) -> bool:
-        """See `ObservedLayer`: a call is a product, with its own weight and bias."""
-        (product,) = (n for n, known in self._calls.items() if known.key == call.key)
-        return name in (f"weight_{product}", f"bias_{product}")
-
-    def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
-        """See `ObservedLayer`."""
-        return Form("linear" if name.startswith("weight") else "")
-
-    def sample_grads(
-        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
-    ) -> dict[str, Tensor]:
-        """See `ObservedLayer`."""
-        return {n: linear_sample_grads(*saved, of_bias=n.startswith("bias")) for n in names}
-
-    def respond(
-        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
-    ) -> Tensor:
-        """See `ObservedLayer`."""
-        (x,) = operands
-        return linear_response(x, *self.part_of(call.key, params))
-
-    def part_of(self, key: int, of: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias of the product with this key, out of the parameters."""
-        (name,) = (n for n, call in self._calls.items() if call.key == key)
-        return of.get(f"weight_{name}"), of.get(f"bias_{name}")
 
 
 class ObservedLSTM(ObservedRecurrent, nn.LSTM):
