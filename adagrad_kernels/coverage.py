@@ -147,7 +147,9 @@ def coverage_of(
 
 
 def _own(layer: ObservedLayer) -> Iterable[nn.Parameter]:
-    if isinstance(layer, (ObservedModule, CountedModel)):  # layers inside have their own records
+    if isinstance(layer, CountedModel):  # it measures nothing
+        return ()
+    if isinstance(layer, ObservedModule):  # the layers in it have records of their own
         return own_parameters(layer).values()
     return cast(nn.Module, layer).parameters()
 

@@ -63,6 +63,22 @@ def disagreement(calls: Sequence[tuple[str, int]]) -> str:
     )
 
 
+def folded_outside(layer: str) -> str:
+    """A folded layer that is called by something else than its model."""
+    return (
+        f"layer {layer_name(layer)} is folded: the number of samples is dimension 0 of the first "
+        "tensor that the model is given; call the model itself"
+    )
+
+
+def several_passes(layer: str) -> str:
+    """A folded layer in a checkpoint that may belong to several forward passes."""
+    return (
+        f"layer {layer_name(layer)} is folded, and a checkpoint runs it again after several "
+        "forward passes with different numbers of samples: run backward() after each of them"
+    )
+
+
 def disjoint(before: set[str], now: set[str]) -> str:
     """Two backward passes through different layers."""
     return (

@@ -98,6 +98,7 @@ class Recorder:
         self.updater: Updater | None = None
         self.shared_values: SharedValues | None = None  # of a forward pass that is watched
         self.samples: int | None = None  # in a forward pass of a model with folded layers
+        self._passes: Counter[int] = Counter()  # those before, by their samples, without backward
         self._task = -1  # the backward pass that _calls belong to
         self._collected_task = -1  # the last one whose probe was collected
         self._noted: Noted | None = None
@@ -190,6 +191,27 @@ class Recorder:
         kept = tuple(t.detach() for t in saved) if needed else ()
         self._calls.append(ObservedCall(layer, call, saved[0].shape[0], kept))
 
+    def begin_samples(self, samples: int) -> None:
+        """A forward pass of so many samples begins, in a model with folded layers."""
+        self.samples = samples
+        if not torch.compiler.is_compiling():
+            self._passes[samples] += 1
+
+    def samples_again(self, layer: ObservedLayer) -> int:
+        """The number of samples where a checkpoint runs a folded layer again.
+
+        Raises:
+            RuntimeError: it is no checkpoint; or it may be any of several forward passes.
+        """
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            raise RuntimeError(faults.folded_outside(layer.observed_name))
+        if task == self._task and self._calls:
+            return self._calls[0].samples
+        if len(self._passes) != 1:
+            raise RuntimeError(faults.several_passes(layer.observed_name))
+        return next(iter(self._passes))
+
     def used_once(self, layer: ObservedLayer, call: Call) -> bool:
         """Whether this is the layer's only call in the forward pass, and nothing of it is tied."""
         return self._forward_calls[call.key] == 1 and layer not in self._tied
@@ -232,6 +254,8 @@ class Recorder:
                     self._explain_when_complete(calls, probe.grad[0].sum())
             self._calls, self._again = [], False
             self._forward_calls.clear()
+            self._passes[rows] -= 1
+            self._passes = +self._passes  # those that are left
         self._micro_batches.append((probe.grad, rows))
         self._with_grad = None
         probe.grad = None

@@ -162,16 +162,18 @@ class _Recurrent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mode, calls, k, x, h, c, *tensors):
         state = (h,) if c is None else (h, c)
-        probe, weights = tensors[0], tensors[1:6]
+        probe, masters = tensors[0], tensors[1:6]
+        weights = autocast(*masters)
         y, *last = _plain(mode, x, state, [w for w in weights if w is not None])
         ctx.save_for_backward(x, h, c, y, probe, *weights)
-        ctx.mode, ctx.calls, ctx.k = mode, calls, k
+        ctx.mode, ctx.calls, ctx.k, ctx.dtypes = mode, calls, k, dtypes(*masters)
         return y, *(s.squeeze(0) for s in last)
 
     @staticmethod
     def backward(ctx, grad_y, *grad_state):
         refuse_double_backward()
         x, h, c, y, probe, w_ih, w_hh, b_ih, b_hh, w_hr = ctx.saved_tensors
+        of_ih, of_hh, of_b_ih, of_b_hh, of_hr = ctx.dtypes
         state = (h,) if c is None else (h, c)
         h_before = torch.cat([h.unsqueeze(1), y[:, :-1]], 1)
         arguments = (
@@ -188,14 +190,14 @@ class _Recurrent(torch.autograd.Function):
         inputs = _turned(found.inputs)
         states = inputs if found.states is found.inputs else _turned(found.states)
         parts = [
-            (x, inputs, w_ih, b_ih, need[7], need[9], need[12] or need[14]),
-            (h_before, states, w_hh, b_hh, need[8], need[10], need[13] or need[15]),
+            (x, inputs, of_ih, of_b_ih, need[7], need[9], need[12] or need[14]),
+            (h_before, states, of_hh, of_b_hh, need[8], need[10], need[13] or need[15]),
         ]
         if found.projected is not None:
             grad_out, m = map(_turned, found.projected)
-            parts.append((m, grad_out, w_hr, None, need[11], False, need[16]))
+            parts.append((m, grad_out, of_hr, None, need[11], False, need[16]))
         grad_p, grads, sums = torch.zeros_like(probe), [], []
-        for call, (a, delta, w, b, need_w, need_b, coordinates) in zip(
+        for call, (a, delta, of_w, of_b, need_w, need_b, coordinates) in zip(
             ctx.calls, parts, strict=False
         ):
             if ctx.k > 1:
@@ -205,7 +207,6 @@ class _Recurrent(torch.autograd.Function):
                 delta, a, probe.shape[1], need_w, need_b, coordinates
             )
             grad_p += counted(part, probe, call, a, delta)
-            of_w, of_b = dtypes(w, b)
             grads.append((as_grad(grad_w, of_w, need_w), as_grad(grad_b, of_b, need_b)))
             sums.append((sums_w, sums_b))
         grads += [(None, None)] * (3 - len(grads))
@@ -268,12 +269,11 @@ def recurrent(
         )
     check_probe(x.shape[0], probe, "recurrent")
     h, c = (*state, None)[:2]
-    x, *others = autocast(x, h, c, *weights)
-    h, c, *cast = others
+    x, h, c = autocast(x, h, c)
     lead = x.shape[:-2]
     if len(lead) == 2:
         x, h = x.flatten(0, 1), h.flatten(0, 1)
         c = None if c is None else c.flatten(0, 1)
     k = lead[1:].numel()
-    found: Any = _Recurrent.apply(mode, tuple(calls), k, x, h, c, probe, *cast, *weight_probes)
+    found: Any = _Recurrent.apply(mode, tuple(calls), k, x, h, c, probe, *weights, *weight_probes)
     return found if len(lead) == 1 else tuple(t.unflatten(0, lead) for t in found)

@@ -55,6 +55,14 @@ class CallRecorder(Protocol):
     shared_values: SharedValues | None
     samples: int | None
 
+    def begin_samples(self, samples: int) -> None:
+        """A forward pass of so many samples begins, in a model with folded layers."""
+        ...
+
+    def samples_again(self, layer: ObservedLayer) -> int:
+        """The number of samples where a checkpoint runs a folded layer again."""
+        ...
+
     @property
     def updater(self) -> Updater | None:
         """What updates weights during the backward pass, if anything does."""
@@ -170,7 +178,6 @@ class ObservedLayer:
             is known.
         observed_folded: whether dimension 0 of its inputs holds several rows of each sample.
         observed_counts: of a model, whether its inputs tell folded layers the number of samples.
-        observed_rows: of a folded layer, how many each sample had in the last input (eager mode).
         observed_sizes: where values computed of its parameters met others, or were repeated:
             (number of samples, size of dimension 0) so far.
         seen: the last input of each of its calls (eager mode), by the call's key.
@@ -186,7 +193,6 @@ class ObservedLayer:
     takes_positions: bool | None = None
     observed_folded: bool
     observed_counts: bool
-    observed_rows: int
     observed_sizes: dict[Any, set[tuple[int | None, int]]]
     _parameters: dict[str, nn.Parameter | None]  # of the module
 
@@ -218,7 +224,6 @@ class ObservedLayer:
         self.seen = {}
         self.takes_positions = None
         self.observed_folded = self.observed_counts = False
-        self.observed_rows = 0
         self.observed_sizes = {}
         self.notifies_from_graphs = False
         self.observed_name = name
@@ -277,21 +282,14 @@ class ObservedLayer:
         if not self.observed_folded:
             return rows, 1
         samples = self._observer.samples
-        if samples is None:  # a checkpoint's second forward pass: as the first one
-            if not self.observed_rows:
-                raise RuntimeError(
-                    f"layer {self.observed_name!r} is folded: the number of samples is dimension 0 "
-                    "of the first tensor that the model is given; call the model itself"
-                )
-            samples = rows // self.observed_rows
+        if samples is None:
+            samples = self._observer.samples_again(self)
         k = rows // samples if samples else 1
         if k * samples != rows:
             raise ValueError(
                 f"layer {self.observed_name!r} is folded, but its {rows} rows are no multiple of "
                 f"the {samples} samples that the model was given"
             )
-        if not torch.compiler.is_compiling():
-            self.observed_rows = k
         return samples, k
 
     def by_samples(self, x: Tensor) -> Tensor:
@@ -440,7 +438,6 @@ OWN_ATTRIBUTES = (
     "observed_unused",
     "observed_folded",
     "observed_counts",
-    "observed_rows",
     "takes_positions",
     "observed_sizes",
     "_uses",

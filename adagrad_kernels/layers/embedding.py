@@ -122,8 +122,9 @@ def measure_tokens(
         measure: that of tokens [b, T, …], measured.
     """
     values = layer.shared_values
-    folded = layer.observed_folded and (values is None or not values.folded)
-    if not folded and _are_positions(layer, indices, values):
+    if layer.observed_folded and (values is None or not values.folded):
+        _check_folded(layer, indices, values)
+    elif _are_positions(layer, indices, values):
         if values is None:
             raise ValueError(
                 f"layer {layer.observed_name!r}: {_AMBIGUOUS.format(shape=list(indices.shape))}"
@@ -140,6 +141,27 @@ _AMBIGUOUS = (
 )
 
 
+def _check_folded(layer: ObservedLayer, indices: Tensor, values: SharedValues | None) -> None:
+    """That the indices of an embedding that is folded by itself are no positions.
+
+    Raises:
+        ValueError: they are computed of constants and differ, or are 0, 1, 2, … at first.
+    """
+    if torch.compiler.is_compiling():
+        return
+    constant = values is not None and values.is_constant(indices)
+    shared = constant and bool((indices != indices[:1]).any())
+    if layer.takes_positions is None and indices.dim() == 1 and len(indices) > 1:
+        shared = shared or bool((indices.diff() == 1).all())
+    if shared:
+        raise ValueError(
+            f"layer {layer.observed_name!r} is folded, but its indices of shape "
+            f"{list(indices.shape)} are positions that all samples share: name the module around "
+            "it with folded=, too"
+        )
+    layer.takes_positions = False
+
+
 def _are_positions(layer: ObservedLayer, indices: Tensor, values: SharedValues | None) -> bool:
     """Whether the indices are shared by all samples.
 
@@ -151,6 +173,10 @@ def _are_positions(layer: ObservedLayer, indices: Tensor, values: SharedValues |
     samples = None if values is None else values.samples
     constant = values is not None and values.is_constant(indices)
     compiling = torch.compiler.is_compiling()
+    if layer.observed_folded and not constant and samples and indices.dim() > 1:
+        again = indices.shape[0] // samples  # rows that are cut further
+        if again > 1 and again * samples == indices.shape[0]:
+            return False
     if not indices.dim() or (samples is not None and indices.shape[0] != samples):
         if not compiling and not constant and layer.takes_positions is False:
             raise ValueError(

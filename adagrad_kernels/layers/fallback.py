@@ -41,15 +41,15 @@ class ObservedFallback(ObservedLayer, nn.Module):
         self._check(args, kwargs)
         if self.shared_values is not None:
             self.shared_values.check_met(list(args), f"layer {self.observed_name!r} takes it")
-        args = tuple(map(self.by_samples, args))
-        probe, call = self.probe_and_call(args[0], self._call)
-        check_probe(args[0].shape[0], probe, self.observed_name)
+        samples, _ = self.rows_of_samples(args[0].shape[0])
+        probe, call = self.probe_and_call(self.by_samples(args[0]), self._call)
+        check_probe(samples, probe, self.observed_name)
         params = self.trainable()
         of = self.coordinate_probes()
         probes = [of.get(name) for name in params]
-        outputs = _Fallback.apply(self, kwargs, len(args), call, probe, *args, *params.values(),
-                                  *probes)  # fmt: skip
-        outputs = tuple(map(self.as_rows, outputs))
+        outputs = _Fallback.apply(
+            self, kwargs, samples, len(args), call, probe, *args, *params.values(), *probes
+        )
         return outputs[0] if self._single else outputs
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -165,28 +165,31 @@ class ObservedFallback(ObservedLayer, nn.Module):
 
 class _Fallback(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, layer, kwargs, arity, call, probe, *tensors):
+    def forward(ctx, layer, kwargs, samples, arity, call, probe, *tensors):
         params = layer.trainable()
         args = tensors[:arity]
         ctx.layer, ctx.kwargs, ctx.arity, ctx.call = layer, kwargs, arity, call
+        ctx.samples = samples
         ctx.names = list(params)
         ctx.save_for_backward(probe, *tensors[: arity + len(params)])
         buffers = {n: (b, b._version) for n, b in layer.named_buffers() if b.is_floating_point()}
-        rows = tuple(map(layer.as_rows, args))
-        outputs = layer.run(params, rows, kwargs)
+        outputs = layer.run(params, args, kwargs)
         layer.check_buffers(buffers)
-        layer.check_outputs(outputs, rows[0].shape[0])
-        return tuple(map(layer.by_samples, outputs))
+        layer.check_outputs(outputs, args[0].shape[0])
+        return outputs
 
     @staticmethod
     def backward(ctx, *grads_out):
         refuse_double_backward()
-        layer = cast(Any, ctx.layer)
+        layer, samples = cast(Any, ctx.layer), ctx.samples
         probe, *tensors = ctx.saved_tensors
         args, values = tuple(tensors[: ctx.arity]), tensors[ctx.arity :]
+        if layer.observed_folded:
+            args, grads_out = (
+                tuple(t.unflatten(0, (samples, -1)) for t in of) for of in (args, grads_out)
+            )
         params = {n: v.detach() for n, v in zip(ctx.names, values, strict=True)}
         notify(ctx.call._replace(context=(ctx.arity, ctx.kwargs)), *args, *grads_out)
-        samples = args[0].shape[0]
         grads, grads_in = layer.per_sample(params, ctx.kwargs, args, grads_out)
         norms = sum(g.reshape(samples, -1).square().sum(1) for g in grads.values())
         grad_p = torch.zeros_like(probe)
@@ -198,8 +201,8 @@ class _Fallback(torch.autograd.Function):
         )
         of_args = iter(grads_in)
         return (
-            None, None, None, None, counted(grad_p, probe, ctx.call, *args, *grads_out),
-            *(next(of_args) if a.is_floating_point() else None for a in args),
+            None, None, None, None, None, counted(grad_p, probe, ctx.call, *args, *grads_out),
+            *(layer.as_rows(next(of_args)) if a.is_floating_point() else None for a in args),
             *(grads[n].sum(0) for n in ctx.names),
             *sums,
         )  # fmt: skip

@@ -142,7 +142,7 @@ class _ObservedBatchNorm(_Affine, _BatchNorm):
         tracked = not self.training or self.track_running_stats
         x = self.by_samples(input)
         if self.observed_folded:  # [b, C, k, …]
-            x = x.transpose(1, 2)
+            x = x.transpose(1, 2).contiguous()
         y = functional.batch_norm(
             x,
             self.running_mean if tracked else None,
