@@ -345,8 +345,10 @@ def test_rows_that_do_not_fit_the_samples() -> None:
 def test_a_folded_layer_needs_its_model() -> None:
     model = make("convolution")
     ak.observe(model, folded=["frame"])
-    with pytest.raises(RuntimeError, match=r"'frame.0' is folded: .*; call the model itself"):
-        model.frame(data(3).flatten(0, 1))
+    for _ in range(2):  # the second time after a pass
+        with pytest.raises(RuntimeError, match=r"'frame.0' is folded: .*; call the model itself"):
+            model.frame(data(3).flatten(0, 1))
+        loss(model(data(3))).backward()
 
 
 def test_disagreement_names_the_way_out() -> None:
@@ -356,6 +358,169 @@ def test_disagreement_names_the_way_out() -> None:
     message = r"\(12 in 'frame.0', 'frame.2'; 3 in 'head'\).*folded=\[…\]"
     with pytest.raises(RuntimeError, match=message):
         observer.statistics()
+
+
+class Scales(nn.Module):
+    """One layer with all pixels and with some of them, in one checkpoint or in two."""
+
+    def __init__(self, together: bool, reentrant: bool = False) -> None:
+        super().__init__()
+        self.frame, self.head = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), nn.Linear(4, 2)
+        self.together, self.reentrant = together, reentrant
+
+    def level(self, x: Tensor) -> Tensor:
+        return self.frame(x.flatten(0, 2)).unflatten(0, x.shape[:3]).sin().mean((1, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.movedim(2, -1).requires_grad_(self.reentrant)
+        if self.together:
+            both = checkpoint(
+                lambda x: self.level(x) + self.level(x[:, :2]), x, use_reentrant=False
+            )
+        else:
+            whole, part = (
+                checkpoint(self.level, y, use_reentrant=self.reentrant) for y in (x, x[:, :2])
+            )
+            both = whole + part
+        return self.head(both)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_several_numbers_of_rows_in_checkpoints(together: bool, device: torch.device) -> None:
+    model = Scales(together).double().to(device)
+    observer = observe(model)
+    for samples in (3, 5):
+        assert_exact(model, observer, data(samples, device))
+
+
+def test_reentrant_checkpoints_of_folded_layers() -> None:
+    model = Scales(together=False, reentrant=True).double()
+    observe(model)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        loss(model(data(3))).backward()
+
+
+def test_passes_with_other_samples_before_their_backward(device: torch.device) -> None:
+    model = make("linear", device)
+    model.__class__ = Checkpointed
+    observer = ak.observe(model, folded=["frame"])
+    first, second = loss(model(data(3, device)) * 3), loss(model(data(5, device)) * 5)
+    first.backward(), second.backward()  # the head tells which pass it is
+    assert observer.statistics().batch_size == 8
+
+    class Headless(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.frame, x.flatten(0, 1), use_reentrant=False)
+
+    observer.detach()
+    model.__class__ = Headless
+    model.zero_grad()
+    ak.observe(model, folded=["frame"])
+    first, second = loss(model(data(3, device))), loss(model(data(5, device)))
+    with pytest.raises(RuntimeError, match=r"not known: run backward\(\) after"):
+        first.backward()
+
+
+def test_a_model_that_calls_itself(device: torch.device) -> None:
+    class Itself(Video):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dim() == 5:
+                return self(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+            return self.head(self.frame(x))
+
+    model = Itself(FRAMES["linear"]()).double().to(device)
+    assert_exact(model, observe(model, folded=["frame", "head"]), data(3, device))
+
+
+class Windows(nn.Module):
+    """Cuts the rows that it gets once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.layer = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.unflatten(1, (2, 3)).flatten(0, 1).long()
+        return self.layer(self.tokens(windows).sin().mean(1)).unflatten(0, (-1, 2)).mean(1)
+
+
+def test_rows_that_are_cut_further(device: torch.device) -> None:
+    model = Video(Windows(), (3, 6)).double().to(device)
+    observer = observe(model)
+    for samples in (4, 2, 1):
+        x = torch.randint(9, (samples, 3, 6), device=device)
+        if samples > 1:
+            assert_exact(model, observer, x)
+            continue
+        model.zero_grad()
+        observer.reset()
+        loss(model(x)).backward()
+        assert_close(observer.statistics().sample_norms_sq, per_sample(model, loss, x).norms_sq)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_outputs_of_modules_by_vmap_may_be_written_to(device: torch.device) -> None:
+    model = Video(nn.Sequential(Squared(), nn.ReLU(inplace=True))).double().to(device)
+    assert_exact(model, observe(model, fallback="vmap"), data(3, device))
+
+
+class Shared(nn.Module):
+    """Positions are embedded beside the folded tokens."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(9, 4), nn.Embedding(9, 4)
+        self.order = torch.tensor(order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tokens(x.flatten(0, 1)) + self.positions(self.order)
+        return y.unflatten(0, x.shape[:2]).mean((1, 2))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [3, 1, 0, 2, 5, 4]])
+def test_positions_are_not_taken_for_rows(order: list[int]) -> None:
+    x = torch.randint(9, (3, 2, 6))
+    model = Shared(order)
+    observer = ak.observe(model, folded=["tokens", "positions"])
+    with pytest.raises(ValueError, match=r"shape \[6\] are positions that all samples share: name"):
+        model(x)
+    observer.detach()
+    ak.observe(model, folded=["tokens"])
+    with pytest.raises(ak.UnsupportedLayerError, match="in a module that is named with folded="):
+        model(x)
+
+
+def test_a_model_that_is_given_no_samples() -> None:
+    class Held(Video):
+        def forward(self, x: list[float]) -> Tensor:
+            return super().forward(torch.ones(len(x), *SHAPE))
+
+    model = Held(FRAMES["linear"]())
+    ak.observe(model, folded=["frame"])
+    with pytest.raises(ValueError, match="given no tensor whose dimension 0 counts the samples"):
+        model([1.0, 2.0])
+    with torch.no_grad():
+        assert len(model([1.0, 2.0])) == 2
+
+
+def test_slices_of_a_folded_model_are_plain() -> None:
+    model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4), nn.Unflatten(0, (-1, 3)))
+    ak.observe(model, folded=["1"])
+    with torch.no_grad():
+        assert model[:2](torch.randn(2, 3, 4)).shape == (6, 4)
+
+
+def test_coverage_of_chosen_layers() -> None:
+    class Gained(Video):
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)))
+            self.gain = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.gain
+
+    found = ak.observe(Gained(), layers=["frame"], folded=["frame"]).coverage()
+    assert {r.name: r.reason for r in found}["gain"] == "not chosen"
 
 
 @pytest.mark.parametrize("k", [1, 3])

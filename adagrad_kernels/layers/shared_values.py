@@ -225,7 +225,8 @@ class SharedValues(TorchFunctionMode):
         if strange:
             raise UnmeasuredUse(
                 f"{_name(func)} takes it together with a tensor of shape {list(strange[0].shape)}, "
-                f"dimension 0 of which does not count the {self.samples} samples", owner,
+                f"dimension 0 of which does not count the {self.samples} samples (if it holds "
+                "several rows of each, do this in a module that is named with folded=)", owner,
             )  # fmt: skip
         return self._compute(func, args, kwargs)
 
