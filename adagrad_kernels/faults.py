@@ -74,8 +74,8 @@ def folded_outside(layer: str) -> str:
 def several_passes(layer: str) -> str:
     """A folded layer in a checkpoint that may belong to several forward passes, or to none."""
     return (
-        f"layer {layer_name(layer)} is folded, and a checkpoint runs it again, for which of several "
-        "forward passes is not known: run backward() after each of them, and checkpoints with "
+        f"layer {layer_name(layer)} is folded, and a checkpoint runs it again, for which forward "
+        "pass is not known: run backward() after each of them, and checkpoints with "
         "use_reentrant=False"
     )
 
