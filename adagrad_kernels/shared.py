@@ -16,6 +16,7 @@ uses form the gradients of a few samples at a time and add them up.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -73,13 +74,18 @@ class Terms(NamedTuple):
 
 
 def repeated_uses(calls: list[ObservedCall]) -> dict[nn.Parameter, list[Use]]:
-    """The parameters that more than one of these calls used."""
+    """The parameters that more than one of these calls used, but for those with disjoint parts."""
     uses: dict[nn.Parameter, list[Use]] = {}
     for by in calls:
         for name, parameter in by.layer.trainable().items():
             if by.layer.takes(by.call, name):
                 uses.setdefault(parameter, []).append(Use(by, name))
-    return {p: found for p, found in uses.items() if len(found) > 1}
+    return {p: found for p, found in uses.items() if len(found) > 1 and not _are_disjoint(found)}
+
+
+def _are_disjoint(uses: Sequence[Use]) -> bool:
+    parts = [use.by.layer.part(use.by.call, use.name) for use in uses]
+    return all(parts) and len(set(parts)) == len(parts)
 
 
 def cross_terms(parameter: nn.Parameter, uses: Sequence[Use], coordinates: bool) -> Terms:
@@ -87,7 +93,7 @@ def cross_terms(parameter: nn.Parameter, uses: Sequence[Use], coordinates: bool)
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     forms: dict[Form, list[Use]] = {}
     for use in uses:
-        forms.setdefault(use.form, []).append(use)
+        forms.setdefault(use.form._replace(padding=-1), []).append(use)
     if not _are_known(forms):
         return _explicit(parameter, uses, coordinates, dtype)
     joined = [Joined(parameter, form, found, dtype) for form, found in forms.items()]
@@ -95,12 +101,7 @@ def cross_terms(parameter: nn.Parameter, uses: Sequence[Use], coordinates: bool)
     if {form.kind for form in forms} == {"embedding", "linear"}:
         tokens, linear = sorted(joined, key=lambda of: of.form.kind)
         terms.append(_of_tied_head(tokens, linear, coordinates))
-    if not terms:  # disjoint parts
-        return Terms(torch.zeros(uses[0].by.samples, dtype=dtype, device=parameter.device), None)
-    found = terms[0]
-    for other in terms[1:]:
-        found = found.plus(other)
-    return found
+    return functools.reduce(Terms.plus, terms)
 
 
 def _are_known(forms: dict[Form, list[Use]]) -> bool:
@@ -120,7 +121,7 @@ class Joined:
 
     Args:
         parameter: theirs.
-        form: theirs.
+        form: theirs, but for the padding.
         uses: at least one.
         dtype: to compute in.
     """

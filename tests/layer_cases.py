@@ -133,6 +133,21 @@ class Strides(nn.Module):
         return self.second(self.first(x).tanh())
 
 
+class Decoder(nn.Module):
+    """Something between an embedding and a head that is tied to it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(11, 4), nn.Linear(4, 11)
+        self.head.weight = self.embedding.weight
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embedding(x)
+        y = self.layer(y) if isinstance(self.layer, nn.LSTM) else self.layer(y, y.sin())
+        return self.head(y[0] if isinstance(y, tuple) else y)
+
+
 class Queries(nn.Module):
     """Attention to itself, then of the result to the input, by the same layer."""
 
@@ -359,6 +374,18 @@ CASES = {
     ),
     "twice-group-norm": Case(lambda: Twice(nn.GroupNorm(2, 4)), (6, 4, 5, 5), compiles=False),
     "twice-attention": Case(Queries, (4, 5, 4), compiles=False),
+    "tied-decoder": Case(
+        lambda: Decoder(nn.TransformerDecoderLayer(4, 2, 8, dropout=0.0, batch_first=True)),
+        (6, 5),
+        tokens=True,
+        compiles=False,
+    ),
+    "tied-lstm": Case(
+        lambda: Decoder(nn.LSTM(4, 4, batch_first=True)),
+        (6, 5),
+        tokens=True,
+        compiles=False,
+    ),
     "loop": Case(Loop, (6, 5, 4), compiles=False),
     "lstm-cell": Case(lambda: Cells(nn.LSTMCell), (6, 3, 4), compiles=False),
     "gru-cell": Case(lambda: Cells(nn.GRUCell), (6, 3, 4), compiles=False),

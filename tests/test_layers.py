@@ -42,14 +42,13 @@ def assert_exact(s: ak.GradientStatistics, case: Case, model: nn.Module, x: Tens
 
 
 @every_layer
-@pytest.mark.parametrize("coordinates", [False, True], ids=["norms", "coordinates"])
+@pytest.mark.parametrize("everything", [False, True], ids=["norms", "everything"])
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_one_batch_and_micro_batches(device: torch.device, case: Case, coordinates: bool) -> None:
+def test_one_batch_and_micro_batches(device: torch.device, case: Case, everything: bool) -> None:
+    """Norms by themselves: inner products keep all operands, also where one was forgotten."""
     model, x = case.make().to(device).double(), case.input(device)
     before = {name: set(m.__dict__) for name, m in model.named_modules()}
-    observer = ak.observe(
-        model, coordinates=coordinates, inner_products=True, fallback=case.fallback
-    )
+    observer = ak.observe(model, everything, everything, fallback=case.fallback)
     for parts in (1, 2):
         model.zero_grad()
         observer.reset()

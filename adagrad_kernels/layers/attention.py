@@ -152,12 +152,14 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
         joint, *single = (calls[call.key] for call in self._calls.values())
         return joint + max(single) > 1
 
+    def part(self, call: functional.Call, name: str) -> str:
+        """See `ObservedLayer`."""
+        part = self._part_with(call.key)
+        return part if name.startswith("in_proj") and part != "qkv" else ""
+
     def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
         """See `ObservedLayer`."""
-        if name == "in_proj_bias":
-            return Form()
-        part = self._part_with(call.key)
-        return Form("linear", part if name == "in_proj_weight" and part != "qkv" else "")
+        return Form() if name == "in_proj_bias" else Form("linear", self.part(call, name))
 
     def sample_grads(
         self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]

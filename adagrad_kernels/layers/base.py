@@ -355,6 +355,10 @@ class ObservedLayer:
         several = self._calls and any(calls[call.key] > 1 for call in self._calls.values())
         return calls[self._call.key] > 1 or bool(several)
 
+    def part(self, call: functional.Call, name: str) -> str:
+        """Which part of this parameter a call uses, where calls use disjoint ones; "" for all."""
+        return ""
+
     def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
         """How c_i of this parameter comes from the operands of a call, for cross terms."""
         return Form()
