@@ -37,19 +37,21 @@ def measured(model: nn.Module, x: Tensor, observer: ak.Observer) -> Tensor:
 
 
 def check(model: nn.Module, sizes: tuple[int, ...], device: torch.device, **options: Any) -> None:
-    """Exact with these numbers of samples [7, 5], one after the other."""
-    observer = ak.observe(model, coordinates=True, inner_products=True, **options)
-    for samples in sizes:
-        x = torch.randn(samples, 7, 5, device=device, dtype=torch.float64)
-        model.zero_grad()
-        observer.reset()
-        loss(model(x)).backward()
-        s, truth = observer.statistics(), per_sample(model, loss, x)
-        assert_close(s.sample_norms_sq, truth.norms_sq)
-        assert_close(s.inner_products, truth.inner_products)
-        if samples > 1:
-            assert_close(s.coordinate_variance, truth.by_parameter(truth.coordinate_variance))
-    observer.detach()
+    """Exact with these numbers of samples [7, 5], one after the other; norms by themselves, too."""
+    for everything in (False, True):
+        observer = ak.observe(model, everything, everything, **options)
+        for samples in sizes:
+            x = torch.randn(samples, 7, 5, device=device, dtype=torch.float64)
+            model.zero_grad()
+            observer.reset()
+            loss(model(x)).backward()
+            s, truth = observer.statistics(), per_sample(model, loss, x)
+            assert_close(s.sample_norms_sq, truth.norms_sq)
+            if everything:
+                assert_close(s.inner_products, truth.inner_products)
+            if everything and samples > 1:
+                assert_close(s.coordinate_variance, truth.by_parameter(truth.coordinate_variance))
+        observer.detach()
 
 
 def assert_exact_for_tokens(
