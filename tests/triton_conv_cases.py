@@ -99,6 +99,13 @@ def test_conv_of_strange_strides() -> None:
     compare(conv.conv_weight_grad, reference.conv_weight_grad, g, x, *options)
 
 
+def test_conv_of_several_images_a_sample() -> None:
+    """As a folded layer has them: [b, k, C, …], of which the k are slices of one image."""
+    g, x = torch.randn(2, 3, 5, 6, 6).transpose(1, 2), torch.randn(2, 3, 4, 6, 6).transpose(1, 2)
+    options = [[1, 3, 3], [1, 1, 1], [0, 1, 1], [1, 1, 1], 1, 2, True, True, True]
+    compare(conv.conv_weight_grad, reference.conv_weight_grad, g, x, *options)
+
+
 @pytest.mark.parametrize(("weight", "bias"), [(True, False), (False, True)])
 def test_conv_with_one_frozen(weight: bool, bias: bool) -> None:
     g, x = torch.randn(2, 5, 6, 6), torch.randn(2, 3, 6, 6)

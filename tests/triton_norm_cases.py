@@ -55,7 +55,7 @@ def test_scale(
         ((2, 1, 6, 6), (2, 1, 6, 1)),  # with as many pixels as channels
         ((3, 1, 20, 30), (1, 1, 20, 1)),  # BatchNorm
         ((40, 1, 70, 1), (1, 1, 70, 1)),  # without pixels
-        ((2, 3, 4, 5), (2, 3, 2, 1)),  # no layer of torch's
+        ((2, 3, 4, 5), (2, 3, 2, 1)),  # GroupNorm of three rows a sample
     ],
 )
 @pytest.mark.parametrize("centred", [True, False])
