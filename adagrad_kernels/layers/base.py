@@ -136,6 +136,11 @@ def unwatched(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def unrounded(t: Tensor) -> Tensor:
+    """In a type whose sums are not rounded to 16 bits."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
 class Form(NamedTuple):
     """How c_i of a weight comes from the operands x and grad_out of a call.
 

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .. import functional
 from ..functional.conv import conv_statistics
-from .base import Form, ObservedLayer, unwatched
+from .base import Form, ObservedLayer, unrounded, unwatched
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
@@ -49,7 +49,7 @@ class _AnyConv(ObservedLayer, _ConvNd):
         """See `ObservedLayer`."""
         found = {}
         if "bias" in names:
-            grad = saved[-1].flatten(2 - self.weight.dim()).sum(-1)
+            grad = unrounded(saved[-1]).flatten(2 - self.weight.dim()).sum(-1)
             found["bias"] = grad.sum(1) if grad.dim() > 2 else grad
         if "weight" in names:
             found |= super().sample_grads(call, saved, ["weight"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..functional._product import product
-from .base import Form, ObservedLayer, unwatched
+from .base import Form, ObservedLayer, unrounded, unwatched
 
 
 class ObservedLinear(ObservedLayer, nn.Linear):
@@ -62,7 +62,8 @@ def linear_response(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Te
 
 
 def linear_sample_grads(x: Tensor, grad_out: Tensor, of_bias: bool) -> Tensor:
-    """c_i of the weight [b, O, I], or of the bias [b, O]."""
+    """c_i of the weight [b, O, I], or of the bias [b, O]; of 16-bit operands in float32."""
+    x, grad_out = unrounded(x), unrounded(grad_out)
     grad = grad_out.reshape(grad_out.shape[0], -1, grad_out.shape[-1])
     if of_bias:
         return grad.sum(1)

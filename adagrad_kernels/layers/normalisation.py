@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import functional
 from ..functional._affine import by_channel
-from .base import ObservedLayer, unwatched
+from .base import ObservedLayer, unrounded, unwatched
 
 
 class _Affine(ObservedLayer):
@@ -34,7 +34,7 @@ class _Affine(ObservedLayer):
         self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
     ) -> dict[str, Tensor]:
         """See `ObservedLayer`."""
-        *operands, grad = saved
+        *operands, grad = map(unrounded, saved)
         own, found = self.trainable(), {}
         for name in names:
             if name == "bias":
