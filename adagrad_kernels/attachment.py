@@ -14,6 +14,7 @@ from .layers import (
     PARAMETER_LISTS,
     TRUSTED,
     ObservedEmbedding,
+    ObservedFallback,
     ObservedLayer,
     ObservedModule,
     counted_class,
@@ -122,10 +123,12 @@ def _exchange(
 
 
 def tied_layers(layers: Iterable[ObservedLayer]) -> set[ObservedLayer]:
-    """Those that share a parameter with another one."""
+    """Those that share a parameter with another one; frozen ones, too, which may be unfrozen."""
     users: dict[nn.Parameter, list[ObservedLayer]] = {}
     for layer in layers:
-        for p in layer.trainable().values():
+        module = cast(nn.Module, layer)
+        own = module.parameters(recurse=isinstance(layer, ObservedFallback))
+        for p in own_parameters(module).values() if isinstance(layer, ObservedModule) else own:
             users.setdefault(p, []).append(layer)
     return {layer for found in users.values() if len(found) > 1 for layer in found}
 

@@ -26,6 +26,11 @@ UNSEEN_DISAGREEMENT = (
     "pass of a compiled model; run one step without torch.compile to learn which"
 )
 
+REENTRANT = (
+    "one backward pass ran several reentrant checkpoints, each of which was measured as a "
+    "micro-batch of its own: use torch.utils.checkpoint with use_reentrant=False"
+)
+
 
 def layer_name(name: str) -> str:
     """A module's path in the model, as messages show it."""
@@ -60,6 +65,14 @@ def disagreement(calls: Sequence[tuple[str, int]]) -> str:
         "layer's input must count the samples, with nothing shared by all of them "
         "(positions.expand(samples, -1)). Layers that see several rows of each sample there, one "
         "sample after another (x.flatten(0, 1)): name them, or modules around them, with folded=[…]"
+    )
+
+
+def tied_later(first: str, second: str) -> str:
+    """Two layers that share a parameter only since they are observed."""
+    return (
+        f"layers {layer_name(first)} and {layer_name(second)} share a parameter since the "
+        "optimizer (or observer) was made: tie them before, or detach() that one and make a new one"
     )
 
 

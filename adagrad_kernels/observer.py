@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
@@ -9,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import faults, ops
 from .attachment import attach, give_back, measure_by_vmap, tied_layers
 from .coverage import Coverage, coverage_of
 from .distributed import Group, Ranks, check_same_gradient, data_parallel_group, is_sharded
@@ -276,7 +277,10 @@ class Observer(Recorder):
         found: list[float] = []
         if ranks.size == 1:
             parts = [totals, grad_norm_sq.view(1), *([] if reductions is None else [reductions])]
+            parts += [part.view(1).to(totals.dtype) for part in self._uncancelled]
             sum_sq, least, most, outside, mean_norm_sq, *found = torch.cat(parts).tolist()
+            count = len(self._uncancelled)
+            found, uncancelled = found[: len(found) - count], sum(found[len(found) - count :])
         else:
             pooled = ranks.pool(totals[0], grad_norm_sq, n)
             numbers = torch.cat([totals[1:], pooled]).tolist()
@@ -285,11 +289,11 @@ class Observer(Recorder):
                 check_same_gradient(ranks, mean_norm_sq, shares_sq)
             if self.inner_products and samples != n * ranks.size:
                 raise RuntimeError("inner products need as many samples on every rank")
-            n = int(samples)
+            n, uncancelled = int(samples), math.inf if self._uncancelled else 0.0
             sum_sq, norms = sum_sq / ranks.size**2, norms / ranks.size**2
         self._check_calls(with_grad, least, most, outside)
         sum_norms_sq = sum_sq * (n * gradient_scale) ** 2
-        check_bounded(n, sum_norms_sq, mean_norm_sq)
+        check_bounded(n, sum_norms_sq, mean_norm_sq, uncancelled * (n * gradient_scale) ** 2)
         mean = variance = None
         if self.coordinates:
             measured = {
@@ -313,12 +317,16 @@ class Observer(Recorder):
         """By the layer's name one of its parameters, where any has a gradient.
 
         Raises:
-            RuntimeError: a parameter with a gradient that belongs to no observed layer.
+            RuntimeError: a parameter with a gradient that belongs to no observed layer; layers that
+                were tied after they were observed.
         """
-        known, found = set(), {}
+        known: dict[nn.Parameter, ObservedLayer] = {}
+        found: dict[str, nn.Parameter] = {}
         for layer in self._layers:
             for p in layer.trainable().values():
-                known.add(p)
+                other = known.setdefault(p, layer)
+                if other is not layer and layer not in self._tied:
+                    raise RuntimeError(faults.tied_later(other.observed_name, layer.observed_name))
                 if p.grad is not None:
                     found[layer.observed_name] = p
         if not self.partial:

@@ -101,6 +101,8 @@ class Recorder:
         self._passes: Counter[int] = Counter()  # those before, by their samples, without backward
         self._task = -1  # the backward pass that _calls belong to
         self._collected_task = -1  # the last one whose probe was collected
+        self._outer_task = -1  # the one in which a reentrant checkpoint runs
+        self._last_outer_task = -1  # that of the last one collected
         self._noted: Noted | None = None
         self._suspicion = ""  # what is wrong with the present backward pass, if it accumulates
         self._forget()
@@ -114,6 +116,7 @@ class Recorder:
         self._notified_calls = 0
         self._with_grad: dict[str, nn.Parameter] | None = None  # what `Observer.check` has found
         self._cross_sums: dict[Tensor, Tensor] = {}  # by coordinate probe
+        self._uncancelled: list[Tensor] = []  # Σ ‖c_i^k‖² of micro-batches with cross terms
 
     def _make_probe(self, capacity: int, device: torch.device) -> None:
         shape = (2, capacity)
@@ -160,6 +163,7 @@ class Recorder:
                 self._had_grads |= any(p.grad is not None for p in self._names)
         elif not self._pending[call.key]:  # of a reentrant checkpoint, whose first had no graph
             self._pending[call.key] = 1
+            self._outer_task = torch._C._current_graph_task_id()
 
     def called(self, layer: ObservedLayer) -> bool:
         """Whether a layer has been called since the last backward pass (eager mode)."""
@@ -225,6 +229,10 @@ class Recorder:
         if task == self._collected_task:
             self._faults.append(faults.PROBE_CHANGED)
         self._collected_task = task
+        if self._outer_task != -1:
+            if self._outer_task == self._last_outer_task:
+                self._faults.append(faults.REENTRANT)
+            self._last_outer_task, self._outer_task = self._outer_task, -1
         fault = self._suspicion if calls else self._gradient_fault(in_time=False)
         if fault:
             self._faults.append(fault)
@@ -235,12 +243,14 @@ class Recorder:
             self._settle(calls)
             if self._last_seen and not names & self._last_seen:
                 self._faults.append(faults.disjoint(self._last_seen, names))
+            own = probe.grad[0].sum() if self._unexplained else None
             if rows == 0:
                 self._faults.append(faults.EMPTY)
             if any(call.samples != rows for call in calls):
                 sizes = [(call.layer.observed_name, call.samples) for call in calls]
                 self._faults.append(faults.disagreement(sizes))
-            elif len({call.call.key for call in calls}) < len(calls) or self._tied or self._again:
+            elif self._tied or self._again or _used_again(calls):
+                self._uncancelled.append(probe.grad[0].sum())
                 self._add_cross_terms(probe.grad, calls, rows)
             counting = sum(call.call.counts for call in calls)
             self._notified_calls = max(self._notified_calls, counting)
@@ -250,8 +260,8 @@ class Recorder:
                 self._kept_calls = [*(self._kept_calls if self._keeps_all else ()), calls]
             if self._unexplained:
                 self._unexplained = False
-                if not self._had_grads and not self._faults:
-                    self._explain_when_complete(calls, probe.grad[0].sum())
+                if own is not None and not self._had_grads and not self._faults:
+                    self._explain_when_complete(calls, own)
             self._calls, self._again = [], False
             self._forward_calls.clear()
             self._passes[rows] -= 1
@@ -343,7 +353,7 @@ class Recorder:
                 return
             with torch.no_grad():
                 norms, sums = cross_terms(parameter, uses, self.coordinates)
-                grad[0, :rows].add_(norms)
+                grad[0, :rows].add_(norms).clamp_(min=0)  # small differences are rounded
             if sums is not None:  # the probe's own gradient may not have arrived yet
                 probe = uses[0].by.layer.last_coordinate_probes[uses[0].name]
                 known = self._cross_sums.get(probe)
@@ -386,3 +396,15 @@ class Recorder:
         self._forget()
         for probe in self._coordinate_probes.values():
             probe.grad = None
+
+
+def _used_again(calls: list[ObservedCall]) -> bool:
+    """Whether a layer's parameters were used more than once, by the calls themselves.
+
+    In compiled graphs and reentrant checkpoints no forward pass has counted them.
+    """
+    layers = {call.layer for call in calls}
+    if len(layers) == len(calls):
+        return False
+    keys = Counter(call.call.key for call in calls)
+    return any(layer.used_again(keys) for layer in layers)

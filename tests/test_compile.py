@@ -11,6 +11,7 @@ from test_observer import Outside, assert_statistics, small, squares, train_on
 from tolerance import assert_close_to_truth
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import adagrad_kernels as ak
@@ -326,6 +327,61 @@ def test_a_larger_batch_than_the_probe_says_what_to_do(device: torch.device) -> 
     torch.compiler.reset()
     squares(compile_model(model)(x), y).backward()
     assert observer.statistics().batch_size == n
+
+
+class Queries(nn.Module):
+    """One attention layer, to itself and then to something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.attention.out_proj.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(x, x, x)[0]
+        return self.attention(y, x, x)[0]
+
+
+def test_one_layer_by_several_calls(device: torch.device) -> None:
+    model = Queries().double().to(device)
+    observer = ak.observe(model, inner_products=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 5, 4, dtype=torch.float64, device=device)
+
+    def loss(y: Tensor) -> Tensor:
+        return y.sin().flatten(1).sum(1).mean()
+
+    loss(compiled(x)).backward()
+    truth = per_sample(model, loss, x)
+    assert_close(observer.statistics().sample_norms_sq, truth.norms_sq)
+
+
+class Partly(nn.Module):
+    """An embedding, whose forward pass is watched, and layers that are partly frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(9, 4), nn.Linear(4, 4)
+        self.linear.weight.requires_grad_(False)
+        self.norms = nn.Sequential(nn.BatchNorm1d(4).eval(), nn.GroupNorm(2, 4))
+        self.norms[1].weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norms(self.linear(self.embedding(x)).flatten(0, 1)).unflatten(0, x.shape)
+
+
+def test_partly_frozen_layers_in_a_watched_model(device: torch.device) -> None:
+    model = Partly().double().to(device)
+    observer = ak.observe(model, folded=["norms"])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randint(9, (4, 5), device=device)
+
+    def loss(y: Tensor) -> Tensor:
+        return y.sin().flatten(1).sum(1).mean()
+
+    loss(compiled(x)).backward()
+    truth = per_sample(model, loss, x)
+    assert_close(observer.statistics().sample_norms_sq, truth.norms_sq)
 
 
 def test_layers_that_disagree_about_the_samples(device: torch.device) -> None:

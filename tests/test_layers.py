@@ -61,6 +61,18 @@ def test_one_batch_and_micro_batches(device: torch.device, case: Case, everythin
     assert {name: set(m.__dict__) for name, m in model.named_modules()} == before
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_have_the_type_of_plain_ones_under_autocast(kind: Any) -> None:
+    layer, x = kind(4, 5, batch_first=True), torch.randn(3, 2, 4)
+    plain = copy.deepcopy(layer)
+    ak.observe(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = layer(x)[0], plain(x)[0]
+    assert y.dtype == expected.dtype
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
 @every_layer
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_checkpointing(device: torch.device, case: Case) -> None:

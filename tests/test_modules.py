@@ -92,6 +92,26 @@ def test_initial_states(
     check(frozen, (3,), device, fallback="vmap")
 
 
+@pytest.mark.parametrize(
+    "repeat", [lambda h, b: torch.zeros(b, 4) + h, lambda h, b: torch.stack([h] * b)]
+)
+def test_initial_states_of_cells(repeat: Callable[[Tensor, int], Tensor]) -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.start = nn.LSTMCell(5, 4), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = [repeat(self.start, len(x)), repeat(self.start.sin(), len(x))]
+            for t in range(x.shape[1]):
+                state = list(self.cell(x[:, t], state))
+            return state[0]
+
+    model = Steps().double()
+    check(model, (3, 4), torch.device("cpu"), fallback="vmap")
+    assert not any(isinstance(m, ObservedFallback) for m in model.modules())
+
+
 def test_the_module_looks_as_before() -> None:
     """Trainers read the signature, and files the name of the class."""
     model = Patches()

@@ -14,6 +14,7 @@ from layer_cases import Loop
 from per_sample import per_sample
 from test_observer import Outside, assert_statistics, small, squares, total, train_on
 from torch import Tensor, nn
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import adagrad_kernels as ak
@@ -155,6 +156,53 @@ def test_a_layer_called_often_is_measured_as_one(monkeypatch: pytest.MonkeyPatch
         model(torch.randn(4, positions, 4)).square().sum().backward()
         assert len(calls) == 4  # of each layer all positions as one call, and by themselves
         assert observer.statistics().batch_size == 4
+
+
+def test_tied_parameters_that_are_unfrozen_later(device: torch.device) -> None:
+    model = Tied().double().to(device)
+    model.encoder.weight.requires_grad_(False)
+    observer, x = ak.observe(model), torch.randn(6, 4, device=device, dtype=torch.float64)
+    for trainable in (False, True):
+        model.encoder.weight.requires_grad_(trainable)
+        model.zero_grad()
+        observer.reset()
+        model(x).sin().sum(1).mean().backward()
+        truth = per_sample(model, lambda y: y.sin().sum(1).mean(), x)
+        assert_close(observer.statistics().sample_norms_sq, truth.norms_sq)
+
+
+def test_layers_that_are_tied_later(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(device)
+    observer = ak.observe(model)
+    model[1].weight = model[0].weight
+    model(torch.randn(6, 4, device=device)).square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"layers '0' and '1' share a parameter since the opt"):
+        observer.statistics()
+
+
+def test_reentrant_checkpoints_around_one_layer(device: torch.device) -> None:
+    layer = nn.Linear(4, 4).to(device)
+    observer = ak.observe(layer)
+    x = torch.randn(6, 4, device=device, requires_grad=True)
+    for _ in range(3):
+        x = checkpoint(layer, x, use_reentrant=True).tanh()
+    x.square().sum().backward()
+    with pytest.raises(RuntimeError, match="ran several reentrant checkpoints"):
+        observer.statistics()
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-4])
+def test_uses_that_cancel(distance: float, device: torch.device) -> None:
+    """Two views of each sample that are nearly equal: rounding makes no norm negative."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).to(device)
+    observer = ak.observe(model)
+    for _ in range(3):  # the first time the gradient is explained, too
+        model.zero_grad()
+        observer.reset()
+        x = torch.randn(16, 8, device=device)
+        y = model(x) - model(x + distance * torch.randn_like(x))
+        y.square().sum(1).mean().backward()
+        assert (observer.statistics().sample_norms_sq >= 0).all()
 
 
 def test_gradients_whose_squares_vanish(device: torch.device) -> None:

@@ -163,7 +163,7 @@ class _Recurrent(torch.autograd.Function):
     def forward(ctx, mode, calls, k, x, h, c, *tensors):
         state = (h,) if c is None else (h, c)
         probe, masters = tensors[0], tensors[1:6]
-        weights = autocast(*masters)
+        weights = masters if _stays(mode, x) else autocast(*masters)
         y, *last = _plain(mode, x, state, [w for w in weights if w is not None])
         ctx.save_for_backward(x, h, c, y, probe, *weights)
         ctx.mode, ctx.calls, ctx.k, ctx.dtypes = mode, calls, k, dtypes(*masters)
@@ -225,6 +225,11 @@ class _Recurrent(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _stays(mode: str, x: Tensor) -> bool:
+    """Whether autocast leaves it alone, as PyTorch does with a GRU on the CPU."""
+    return mode == "GRU" and x.device.type == "cpu"
+
+
 def recurrent(
     mode: str,
     x: Tensor,
@@ -268,8 +273,8 @@ def recurrent(
             f"recurrent: expected an input [samples, positions, features], got {list(x.shape)}"
         )
     check_probe(x.shape[0], probe, "recurrent")
-    h, c = (*state, None)[:2]
-    x, h, c = autocast(x, h, c)
+    h, c = state[0], state[1] if len(state) > 1 else None
+    x, h, c = (x, h, c) if _stays(mode, x) else autocast(x, h, c)
     lead = x.shape[:-2]
     if len(lead) == 2:
         x, h = x.flatten(0, 1), h.flatten(0, 1)

@@ -127,8 +127,14 @@ def unwatched(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def run(self: ObservedLayer, *args: Any, **kwargs: Any) -> Any:
         values = self._observer.shared_values
-        if values is None or torch.compiler.is_compiling():
+        if values is None:
             return forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            before, values.in_layer = values.in_layer, True
+            try:
+                return forward(self, *args, **kwargs)
+            finally:
+                values.in_layer = before
         values.check_met((*args, *kwargs.values()), f"layer {self.observed_name!r} takes it")
         with torch._C.DisableTorchFunction():
             return forward(self, *args, **kwargs)

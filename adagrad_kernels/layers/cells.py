@@ -14,7 +14,7 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from .. import functional
 from .base import unwatched
-from .recurrent import Products
+from .recurrent import Products, states_of_samples
 
 
 class _ObservedCell(Products, RNNCellBase):
@@ -25,9 +25,12 @@ class _ObservedCell(Products, RNNCellBase):
         super().attach(observer, name)
         self._calls = {n: functional.Call(functional.listen(self), n == "ih") for n in ("ih", "hh")}
 
-    @unwatched
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """As the plain module, for inputs with a sample dimension."""
+        """As the plain module, for inputs with a sample dimension; states as of `nn.LSTM`."""
+        return self._forward(input, states_of_samples(self.shared_values, hx, 0))
+
+    @unwatched
+    def _forward(self, input: Tensor, hx: Any) -> Any:
         if not self.measures():
             return self.plain_class.forward(self, input, hx)
         if input.dim() != 2:
@@ -38,7 +41,7 @@ class _ObservedCell(Products, RNNCellBase):
         if hx is None:
             hx = input.new_zeros(input.shape[0], self.hidden_size)
             hx = (hx, hx) if isinstance(self, nn.LSTMCell) else hx
-        h = hx[0] if isinstance(hx, tuple) else hx
+        h = hx[0] if isinstance(hx, (tuple, list)) else hx
         return self._step(self._product("ih", input), self._product("hh", h), hx)
 
     def _product(self, name: str, x: Tensor) -> Tensor:

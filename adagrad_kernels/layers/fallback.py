@@ -136,7 +136,11 @@ class ObservedFallback(ObservedLayer, nn.Module):
             return vmap(one)(args, grads_out)
         except RuntimeError as error:
             if "randomness" not in str(error):
-                raise
+                raise RuntimeError(
+                    f"layer {self.observed_name!r} ({self.plain_class.__name__}, measured by vmap) "
+                    f"cannot run for single samples ({error}): give the parameters that are not "
+                    "supported a module of their own"
+                ) from error
             raise RuntimeError(
                 f"layer {self.observed_name!r} ({self.plain_class.__name__}, measured by vmap) "
                 "draws random numbers, which would be others than in its forward pass: take "

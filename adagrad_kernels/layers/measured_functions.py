@@ -15,7 +15,7 @@ from .base import Form, ObservedLayer
 from .embedding import embedding_response, measure_tokens
 from .linear import linear_response
 from .normalisation import affine_response
-from .shared_sources import Own, matrix_of
+from .shared_sources import Own, UnmeasuredUse, matrix_of
 from .shared_values import SharedValues
 
 _RMS_NORMS = {F.rms_norm, torch.rms_norm}
@@ -234,7 +234,10 @@ class MeasuredFunctions(ObservedLayer):
         if not own.take():
             return None
         padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-        setattr(self._paddings, f"row{self.observed_parameters.index(own.name)}", padding)
+        row = f"row{self.observed_parameters.index(own.name)}"
+        if not torch.compiler.is_compiling() and getattr(self._paddings, row, padding) != padding:
+            raise UnmeasuredUse("F.embedding is called with another padding_idx than before", self)
+        setattr(self._paddings, row, padding)
 
         def measure(tokens: Tensor) -> Tensor:
             tokens = self.by_samples(tokens)

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional
 from .base import Form, ObservedLayer, Seen, unwatched
 from .linear import linear_response, linear_sample_grads
+from .shared_values import SharedValues
 
 _PRODUCTS = ("ih", "hh", "hr")
 
@@ -56,6 +57,15 @@ class Products(ObservedLayer):
         return f"weight_{product}", f"bias_{product}"
 
 
+def states_of_samples(values: SharedValues | None, hx: Any, dim: int) -> Any:
+    """Initial states whose dimension `dim` counts the samples, measured where they are shared."""
+    if values is None or hx is None or not torch.is_grad_enabled():
+        return hx
+    if isinstance(hx, (tuple, list)):
+        return type(hx)(values.along(state, dim) for state in hx)
+    return values.along(hx, dim)
+
+
 class ObservedRecurrent(Products, nn.RNNBase):
     """A recurrent layer that measures; its weights are those of linear layers at T positions.
 
@@ -80,12 +90,7 @@ class ObservedRecurrent(Products, nn.RNNBase):
 
         Initial states may be parameters of the module around this one, repeated for the samples.
         """
-        values = self.shared_values
-        if values is not None and hx is not None and torch.is_grad_enabled():
-            states = hx if isinstance(hx, tuple) else (hx,)
-            states = tuple(values.along(state, 1) for state in states)
-            hx = states if isinstance(hx, tuple) else states[0]
-        return self._forward(input, hx)
+        return self._forward(input, states_of_samples(self.shared_values, hx, 1))
 
     @unwatched
     def _forward(self, input: Any, hx: Any) -> Any:

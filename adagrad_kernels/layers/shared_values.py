@@ -83,6 +83,8 @@ class SharedValues(TorchFunctionMode):
 
     Attributes:
         own: all parameters of modules that took part.
+        in_layer: whether a compiled forward pass is in that of a layer, which the compiler does not
+            let write down anything.
         taken: the parameters that functions were given, by id, since `note_taken`; or None.
     """
 
@@ -93,6 +95,7 @@ class SharedValues(TorchFunctionMode):
         self.samples, self.folded = samples, folded
         self.own: list[Own] = []
         self.taken: set[int] | None = None
+        self.in_layer = False
         self._compiling = torch.compiler.is_compiling()
         # Lists: a search among few tensors compiles, a dictionary of them does not.
         self._values: list[Tensor] = []
@@ -246,7 +249,7 @@ class SharedValues(TorchFunctionMode):
         return shared, constant
 
     def _add_constants(self, func: Callable[..., Any], found: Any) -> None:
-        if func in _RANDOM:
+        if func in _RANDOM or self.in_layer:
             return
         for t in found if isinstance(found, (tuple, list)) else (found,):
             if isinstance(t, Tensor) and not t.requires_grad and not self.is_constant(t):
