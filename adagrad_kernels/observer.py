@@ -277,10 +277,10 @@ class Observer(Recorder):
         found: list[float] = []
         if ranks.size == 1:
             parts = [totals, grad_norm_sq.view(1), *([] if reductions is None else [reductions])]
-            parts += [part.view(1).to(totals.dtype) for part in self._uncancelled]
-            sum_sq, least, most, outside, mean_norm_sq, *found = torch.cat(parts).tolist()
-            count = len(self._uncancelled)
-            found, uncancelled = found[: len(found) - count], sum(found[len(found) - count :])
+            parts += [] if self._uncancelled is None else [self._uncancelled.view(1)]
+            numbers = torch.cat(parts).tolist()
+            uncancelled = 0.0 if self._uncancelled is None else numbers.pop()
+            sum_sq, least, most, outside, mean_norm_sq, *found = numbers
         else:
             pooled = ranks.pool(totals[0], grad_norm_sq, n)
             numbers = torch.cat([totals[1:], pooled]).tolist()
@@ -289,7 +289,8 @@ class Observer(Recorder):
                 check_same_gradient(ranks, mean_norm_sq, shares_sq)
             if self.inner_products and samples != n * ranks.size:
                 raise RuntimeError("inner products need as many samples on every rank")
-            n, uncancelled = int(samples), math.inf if self._uncancelled else 0.0
+            n = int(samples)
+            uncancelled = 0.0 if self._uncancelled is None else math.inf  # not known of all ranks
             sum_sq, norms = sum_sq / ranks.size**2, norms / ranks.size**2
         self._check_calls(with_grad, least, most, outside)
         sum_norms_sq = sum_sq * (n * gradient_scale) ** 2

@@ -116,7 +116,7 @@ class Recorder:
         self._notified_calls = 0
         self._with_grad: dict[str, nn.Parameter] | None = None  # what `Observer.check` has found
         self._cross_sums: dict[Tensor, Tensor] = {}  # by coordinate probe
-        self._uncancelled: list[Tensor] = []  # Σ ‖c_i^k‖² of micro-batches with cross terms
+        self._uncancelled: Tensor | None = None  # Σ ‖c_i^k‖² of micro-batches with cross terms
 
     def _make_probe(self, capacity: int, device: torch.device) -> None:
         shape = (2, capacity)
@@ -250,7 +250,8 @@ class Recorder:
                 sizes = [(call.layer.observed_name, call.samples) for call in calls]
                 self._faults.append(faults.disagreement(sizes))
             elif self._tied or self._again or _used_again(calls):
-                self._uncancelled.append(probe.grad[0].sum())
+                alone, known = probe.grad[0].sum(), self._uncancelled
+                self._uncancelled = alone if known is None else known + alone
                 self._add_cross_terms(probe.grad, calls, rows)
             counting = sum(call.call.counts for call in calls)
             self._notified_calls = max(self._notified_calls, counting)
