@@ -123,12 +123,15 @@ def _exchange(
 
 
 def tied_layers(layers: Iterable[ObservedLayer]) -> set[ObservedLayer]:
-    """Those that share a parameter with another one; frozen ones, too, which may be unfrozen."""
+    """Those that use a parameter in several places, of their own or of another layer.
+
+    Frozen ones, too: they may be unfrozen.
+    """
     users: dict[nn.Parameter, list[ObservedLayer]] = {}
     for layer in layers:
-        module = cast(nn.Module, layer)
-        own = module.parameters(recurse=isinstance(layer, ObservedFallback))
-        for p in own_parameters(module).values() if isinstance(layer, ObservedModule) else own:
+        module, whole = cast(nn.Module, layer), isinstance(layer, ObservedFallback)
+        own = dict(module.named_parameters(recurse=whole, remove_duplicate=False))
+        for p in (own_parameters(module) if isinstance(layer, ObservedModule) else own).values():
             users.setdefault(p, []).append(layer)
     return {layer for found in users.values() if len(found) > 1 for layer in found}
 

@@ -109,6 +109,20 @@ class Cells(nn.Module):
         return second[0] if isinstance(second, tuple) else second
 
 
+class Within(nn.Module):
+    """Layers that use one parameter in two places of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.layer = nn.RNNCell(4, 4), nn.GRU(4, 4, batch_first=True)
+        self.cell.weight_hh = self.cell.weight_ih
+        self.layer.bias_hh_l0 = self.layer.bias_ih_l0
+        self.layer._flat_weights = [getattr(self.layer, n) for n in self.layer._flat_weights_names]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x[:, 0], self.layer(x)[0][:, -1])
+
+
 class Sizes(nn.Module):
     """A layer that is called on an image, on it again, and on half of it."""
 
@@ -386,6 +400,7 @@ CASES = {
         tokens=True,
         compiles=False,
     ),
+    "tied-within": Case(Within, (6, 3, 4), compiles=False),
     "loop": Case(Loop, (6, 5, 4), compiles=False),
     "lstm-cell": Case(lambda: Cells(nn.LSTMCell), (6, 3, 4), compiles=False),
     "gru-cell": Case(lambda: Cells(nn.GRUCell), (6, 3, 4), compiles=False),
