@@ -66,13 +66,14 @@ def attach(
     layers = [
         _exchange(module, observed, observer, name) for name, (module, observed) in plan.items()
     ]
+    _, inner = _unwrapped(model)
     for layer in layers:
         layer.observed_folded = layer in in_folded
-        layer.observed_counts = bool(in_folded) and layer is unwrapped(model)[1]
+        layer.observed_counts = bool(in_folded) and layer is inner
     return layers, names, tied_layers(layers)
 
 
-def unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
+def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
     """The model in `DistributedDataParallel` and `torch.compile`, with its name there."""
     names = []
     while True:
@@ -89,17 +90,14 @@ def _counting(
     folded: set[nn.Module],
 ) -> dict[str, tuple[nn.Module, type[ObservedLayer]]]:
     """The plan with the model itself, which tells folded layers how many samples there are."""
-    top, inner = unwrapped(model)
+    top, inner = _unwrapped(model)
     measured = {name: pair for name, pair in plan.items() if pair[0] in folded}
     if inner in folded or not measured:
+        what = (
+            "the model itself is" if inner in folded else "no layer of these is measured by itself"
+        )
         raise ValueError(
-            "folded: "
-            + (
-                "the model itself is"
-                if inner in folded
-                else "no layer of these is measured by itself"
-            )
-            + "; name modules in it, which see several rows of each sample"
+            f"folded: {what}; name modules in it, which see several rows of each sample"
         )
     for name, (module, observed) in measured.items():
         if not observed.foldable:

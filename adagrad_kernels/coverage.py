@@ -206,7 +206,7 @@ def _extra_passes(layer: nn.Module) -> int:
 
 
 def _projection(layer: Any, key: int, seen: Seen, call: Call) -> Cost:
-    whole, _ = layer.part_of(key, dict(layer.named_parameters(recurse=False)))
+    whole, _ = layer.part_of(key, layer._parameters)
     weight, bias = layer.part_of(key, layer.trainable())
     rows = whole.shape[0]
     call = call._replace(weight=weight is not None, bias=0 if bias is None else rows)

@@ -154,6 +154,26 @@ def test_weights_of_layers_that_are_not_called(name: str) -> None:
         assert_close(found, norm, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+def test_multiple_choice(name: str) -> None:
+    """All parts of the model see the choices of all samples in dimension 0."""
+    config = transformers.AutoConfig.for_model(name, **SIZES, **NO_DROPOUT)
+    torch.manual_seed(4)
+    model = transformers.AutoModelForMultipleChoice.from_config(config).double().eval()
+    plain = copy.deepcopy(model)
+    observer = ak.observe(model, folded=[part for part, _ in model.named_children()])
+    for samples in (4, 3):
+        x = torch.randint(3, 50, (samples, 3, 6))
+        model.zero_grad()
+        observer.reset()
+        model(input_ids=x).logits.square().mean().backward()
+        for row, norm in zip(x, observer.statistics().sample_norms_sq, strict=True):
+            plain.zero_grad()
+            plain(input_ids=row.unsqueeze(0)).logits.square().mean().backward()
+            found = sum(p.grad.square().sum() for p in plain.parameters() if p.grad is not None)
+            assert_close(found, norm, rtol=1e-6, atol=1e-12)
+
+
 FOLDED = {
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "longformer": {"attention_window": 4},

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .base import Form, ObservedLayer, unwatched
-from .linear import linear_response, linear_sample_grads
+from .base import Form, unwatched
+from .linear import linear_sample_grads
+from .products import Products
 
 _PROJECTIONS = ("q", "k", "v")
 
 
-class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
+class ObservedMultiheadAttention(Products, nn.MultiheadAttention):
     """Multi-head attention that measures; `out_proj` is an observed linear layer of its own."""
 
     observed_method = "direct, Gram (few positions); input projections"
@@ -144,7 +145,7 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
 
     def takes(self, call: functional.Call, name: str) -> bool:
         """See `ObservedLayer`."""
-        part = self._part_with(call.key)
+        part = self.product_of(call.key)
         return name.startswith("in_proj") or name == f"{part}_proj_weight"
 
     def used_again(self, calls: Counter[int]) -> bool:
@@ -154,7 +155,7 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
 
     def part(self, call: functional.Call, name: str) -> str:
         """See `ObservedLayer`."""
-        part = self._part_with(call.key)
+        part = self.product_of(call.key)
         return part if name.startswith("in_proj") and part != "qkv" else ""
 
     def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
@@ -168,27 +169,14 @@ class ObservedMultiheadAttention(ObservedLayer, nn.MultiheadAttention):
         own, found = self.trainable(), {}
         for name in names:
             grad = linear_sample_grads(*saved, of_bias=name == "in_proj_bias")
-            full = grad.new_zeros(grad.shape[0], *own[name].shape)
-            for whole, part in zip(full, grad, strict=True):
-                parts = self.part_of(call.key, {name: whole})
-                next(p for p in parts if p is not None).copy_(part)
-            found[name] = full
+            found[name] = grad.new_zeros(grad.shape[0], *own[name].shape)
+            parts = self.part_of(call.key, {name: found[name].movedim(0, -1)})
+            next(part for part in parts if part is not None).copy_(grad.movedim(0, -1))
         return found
-
-    def respond(
-        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
-    ) -> Tensor:
-        """See `ObservedLayer`."""
-        (x,) = operands
-        return linear_response(x, *self.part_of(call.key, params))
 
     def part_of(self, key: int, of: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of the projection with this key, out of the parameters."""
-        return self._part(self._part_with(key), of)
-
-    def _part_with(self, key: int) -> str:
-        (name,) = (n for n, call in self._calls.items() if call.key == key)
-        return name
+        return self._part(self.product_of(key), of)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

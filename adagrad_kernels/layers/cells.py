@@ -14,7 +14,8 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from .. import functional
 from .base import unwatched
-from .recurrent import Products, states_of_samples
+from .products import Products
+from .recurrent import states_of_samples
 
 
 class _ObservedCell(Products, RNNCellBase):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,50 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
-from .base import Form, ObservedLayer, Seen, unwatched
-from .linear import linear_response, linear_sample_grads
+from .base import Seen, unwatched
+from .products import Products
 from .shared_values import SharedValues
 
 _PRODUCTS = ("ih", "hh", "hr")
-
-
-class Products(ObservedLayer):
-    """What recurrent layers share: a call is a product, with its own weight and bias.
-
-    `_calls` has them by name: "ih" has the parameters weight_ih and bias_ih.
-    """
-
-    observed_method = "direct, Gram (few positions); products of inputs and of states"
-
-    def takes(self, call: functional.Call, name: str) -> bool:
-        """See `ObservedLayer`."""
-        return name in self._names_with(call.key)
-
-    def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
-        """See `ObservedLayer`."""
-        return Form("linear" if name.startswith("weight") else "")
-
-    def sample_grads(
-        self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
-    ) -> dict[str, Tensor]:
-        """See `ObservedLayer`."""
-        return {n: linear_sample_grads(*saved, of_bias=n.startswith("bias")) for n in names}
-
-    def respond(
-        self, call: functional.Call, operands: tuple[Tensor, ...], params: Mapping[str, Any]
-    ) -> Tensor:
-        """See `ObservedLayer`."""
-        (x,) = operands
-        return linear_response(x, *self.part_of(call.key, params))
-
-    def part_of(self, key: int, of: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias of the product with this key, out of the parameters."""
-        weight, bias = self._names_with(key)
-        return of.get(weight), of.get(bias)
-
-    def _names_with(self, key: int) -> tuple[str, str]:
-        (product,) = (name for name, call in self._calls.items() if call.key == key)
-        return f"weight_{product}", f"bias_{product}"
 
 
 def states_of_samples(values: SharedValues | None, hx: Any, dim: int) -> Any:
