@@ -56,10 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do about layers that are not supported: vmap measures them, too",
     )
     parser.add_argument(
-        "--folded", nargs="+", metavar="MODULE",
-        help="names of modules in which dimension 0 holds several rows of each sample, as frames "
-        "of a video",
-    )  # fmt: skip
+        "--folded",
+        action="append",
+        metavar="MODULE",
+        help="name of a module in which dimension 0 holds several rows of each sample, as frames "
+        "of a video; may be given several times",
+    )
     parser.add_argument("--device", help="where to run, as torch names it: cpu, cuda, cuda:1")
     parser.add_argument(
         "--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)"
@@ -68,9 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=int, metavar="N", help="turns of each comparison, whose medians are shown"
     )
     parser.set_defaults(
-        input_dtype="float32", loss="cross-entropy", fallback="error", device="cpu", repeats=20,
-        folded=(),
-    )  # fmt: skip
+        input_dtype="float32", loss="cross-entropy", fallback="error", device="cpu", repeats=20
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -98,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
             coordinates=args.coordinates,
             fallback=args.fallback,
             repeats=args.repeats,
-            folded=args.folded,
+            folded=args.folded or (),
         )
     except UnsupportedLayerError as error:
         raise UsageError(f"{error} Here: --fallback vmap.") from error
