@@ -265,8 +265,9 @@ class Recorder:
                     self._explain_when_complete(calls, own)
             self._calls, self._again = [], False
             self._forward_calls.clear()
-            self._passes[rows] -= 1
-            self._passes = +self._passes  # those that are left
+            if self._passes:
+                self._passes[rows] -= 1
+                self._passes = +self._passes  # those that are left
         self._micro_batches.append((probe.grad, rows))
         self._with_grad = None
         probe.grad = None
