@@ -26,8 +26,11 @@ Which of them is chosen is asked of the kernels themselves. Scales and shifts of
 (normalisations, PReLU) take 3·b·C operations each, 4 with coordinate sums, against 1 to 3 for each
 number of the layer's input; the normalisation is not counted. An embedding takes 2·b·T·D, 3 with
 coordinate sums, at most: repeated tokens of a sample count once; for an EmbeddingBag its rows and
-their gradients are written and read, too. Inner products take one more
-forward pass and 2·Y operations. 16-bit operands are converted to float32 on the CPU.
+their gradients are written and read, too. 16-bit operands are converted to float32 on the CPU.
+
+Inner products take one more forward pass and 2·Y operations. Where c_i is smaller, of
+normalisations and on the CPU of convolutions with many pixels, it is kept instead: 2 operations for
+each of its b·W numbers, which are written once and read once, of convolutions twice.
 
 Left out: the samples' norms themselves, cross terms of tied weights, all but the last call of a
 layer that is called several times, autocast, Python.
@@ -105,6 +108,7 @@ class Call(NamedTuple):
         bias: elements of a trainable bias, 0 without one.
         coordinates: whether coordinate sums are measured.
         inner_products: whether these are.
+        keeps_sample_grads: whether c_i is kept for them, instead of the operands.
     """
 
     samples: int
@@ -117,6 +121,7 @@ class Call(NamedTuple):
     bias: int = 0
     coordinates: bool = False
     inner_products: bool = False
+    keeps_sample_grads: bool = False
 
     @property
     def size(self) -> int:
@@ -183,7 +188,10 @@ def product(
         outer = 1 + 2 * coordinates * call.bias
         flops += b * (outer if method == "outer" else call.bias * call.statistics)
         moved += coordinates * call.bias * wide
-    if call.inner_products:
+    if call.inner_products and call.keeps_sample_grads:
+        flops += 2 * b * (weight + call.bias)
+        moved += 3 * b * (weight + call.bias) * wide
+    elif call.inner_products:
         flops += one + 2 * call.outputs
         moved += (numbers + 2 * call.outputs) * wide
     return Cost(METHODS[method], products * one, products * numbers * call.size, flops, moved)
@@ -216,7 +224,10 @@ def scale(call: Call, channels: int, has_bias: bool, extra_passes: int = 0) -> C
     extra = (call.weight * channels + call.bias) * b * call.statistics
     moved = (call.weight * channels + call.bias) * call.coordinates * wide
     moved += extra_passes * n * call.size + call.converted(0)
-    if call.inner_products:
+    if call.inner_products and call.keeps_sample_grads:
+        extra += 2 * b * (call.weight * channels + call.bias)
+        moved += 4 * b * channels * wide  # of both, trained or not
+    elif call.inner_products:
         extra += (1 + has_bias) * n + 2 * n
         moved += 4 * n * wide
     own = n * (4 + call.input_grad) * call.size

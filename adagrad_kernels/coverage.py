@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import costs
 from .costs import Call, Cost
+from .functional.conv import sample_grads_are_cheap
 from .layers import (
     CountedModel,
     ObservedFallback,
@@ -191,7 +192,14 @@ def _of_call(layer: Any, key: int, seen: Seen, call: Call) -> Cost:
     if isinstance(layer, (ObservedLinear, ObservedConv1D)):
         return _linear(seen, call, layer.weight.numel() // seen.shape[-1])
     channels, has_bias = layer.weight.numel(), getattr(layer, "bias", None) is not None
+    call = call._replace(keeps_sample_grads=call.input_grad and _is_normalisation(layer))
     return costs.scale(call, channels, has_bias, _extra_passes(layer))
+
+
+def _is_normalisation(layer: nn.Module) -> bool:
+    """Whether its backward pass is one op."""
+    apart = isinstance(layer, _InstanceNorm) and layer.track_running_stats
+    return not apart and not isinstance(layer, nn.PReLU)
 
 
 def _extra_passes(layer: nn.Module) -> int:
@@ -238,5 +246,8 @@ def _conv(layer: Any, seen: Seen, call: Call) -> Cost:
         positions = y.shape[2:].numel()
     rows = weight.shape[0] // layer.groups
     columns = weight.shape[1:].numel()
-    call = call._replace(outputs=y.numel())
-    return costs.product(call, images * positions, rows, columns, layer.groups, linear=False)
+    positions *= images
+    cheap = sample_grads_are_cheap(call.samples, positions, weight.numel())
+    keeps = cheap and call.weight and call.device == "cpu" and not layer.transposed
+    call = call._replace(outputs=y.numel(), keeps_sample_grads=keeps)
+    return costs.product(call, positions, rows, columns, layer.groups, linear=False)

@@ -57,5 +57,5 @@ def along(
         trainable = call.layer.trainable()
         params = {k: whole(grads[p]).to(dtype) for k, p in trainable.items() if p in grads}
         if params:
-            total = total + call.layer.contract(call.call, call.saved, params)
+            total = total + call.contract(params)
     return total

@@ -6,7 +6,7 @@ import functools
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
@@ -177,7 +177,13 @@ class Recorder:
         """Forgets those since then."""
         self._forward_calls, self._pending = (calls.copy() for calls in counted)
 
-    def on_backward(self, layer: ObservedLayer, call: Call, saved: tuple[Tensor, ...]) -> None:
+    def on_backward(
+        self,
+        layer: ObservedLayer,
+        call: Call,
+        saved: tuple[Tensor, ...],
+        sample_grads: Mapping[str, Tensor] | None,
+    ) -> None:
         """Notified of each layer call's backward pass; by compiled graphs only if asked to."""
         task = torch._C._current_graph_task_id()
         if task != self._task:  # what is left is of a pass without the probe: autograd.grad's
@@ -192,8 +198,12 @@ class Recorder:
         again = layer.used_again(self._forward_calls)
         self._again |= again
         needed = needed or layer in self._tied or again
-        kept = tuple(t.detach() for t in saved) if needed else ()
-        self._calls.append(ObservedCall(layer, call, saved[0].shape[0], kept))
+        kept = tuple(t.detach() for t in saved) if needed and sample_grads is None else ()
+        self._calls.append(ObservedCall(layer, call, saved[0].shape[0], kept, sample_grads))
+
+    def wants_sample_grads(self, layer: ObservedLayer, call: Call) -> bool:
+        """Whether c_i of this call would do instead of its operands: for inner products alone."""
+        return self.inner_products and self.used_once(layer, call)
 
     def begin_samples(self, samples: int) -> None:
         """A forward pass of so many samples begins, in a model with folded layers."""

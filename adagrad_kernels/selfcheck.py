@@ -49,6 +49,7 @@ def unexplained(
         ranks: all of them must call this. Sharded gradients are not checked.
     """
     dtypes = [t.dtype for call in calls for t in call.saved if t.is_floating_point()]
+    dtypes += [p.dtype for call in calls if call.sample_grads for p in call.parameters()]
     if not dtypes:
         return ""
     relative, of_noise = _ALLOWED[max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)]
@@ -59,7 +60,7 @@ def unexplained(
                 continue
             grad = _wide(p.grad)
             scale = _largest(grad).clamp(min=_LEAST)
-            value = call.layer.contract(call.call, call.saved, {key: grad / scale}).sum()
+            value = call.contract({key: grad / scale}).sum()
             value = value.double() * scale
             explained[p] = explained[p] + value if p in explained else value
     norms = {p: _wide(p.grad).double().square().sum() for p in explained if p.grad is not None}

@@ -17,7 +17,7 @@ uses form the gradients of a few samples at a time and add them up.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,12 +39,28 @@ class ObservedCall(NamedTuple):
         call: which of its calls.
         samples: b.
         saved: its operands with grad_out last; empty if nobody needs them.
+        sample_grads: instead of these c_i of its parameters, [b, …] by name, where they are kept.
     """
 
     layer: ObservedLayer
     call: Call
     samples: int
     saved: tuple[Tensor, ...]
+    sample_grads: Mapping[str, Tensor] | None = None
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Those of its layer that are trained."""
+        return self.layer.trainable().values()
+
+    def contract(self, params: Mapping[str, Tensor]) -> Tensor:
+        """⟨c_i, params⟩ for each sample, [b]; `params` are like some of the layer's parameters."""
+        if self.sample_grads is None:
+            return self.layer.contract(self.call, self.saved, params)
+        products = (
+            self.sample_grads[name].flatten(1).to(v.dtype) @ v.flatten()
+            for name, v in params.items()
+        )
+        return functools.reduce(torch.add, products)
 
 
 class Use(NamedTuple):

@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(adagrad_kernels, CPU, m) {
   m.impl("linear_weight_grad", TORCH_BOX(&adagrad_kernels::linear_weight_grad_cpu));
   m.impl("linear_adagrad_", TORCH_BOX(&adagrad_kernels::linear_adagrad_cpu));
   m.impl("conv_weight_grad", TORCH_BOX(&adagrad_kernels::conv_weight_grad_cpu));
+  m.impl("conv_sample_grads", TORCH_BOX(&adagrad_kernels::conv_sample_grads_cpu));
   m.impl("embedding_weight_grad", TORCH_BOX(&adagrad_kernels::embedding_weight_grad_cpu));
   m.impl("scale_weight_grad", TORCH_BOX(&adagrad_kernels::scale_weight_grad_cpu));
   m.impl("norm_backward", TORCH_BOX(&adagrad_kernels::norm_backward_cpu));

@@ -66,6 +66,11 @@ def conv_weight_grad(large: bool, device: torch.device) -> Args:
     return grad_out, x, [3, 3], [1, 1], [1, 1], [1, 1], 2, b, True, True, True
 
 
+def conv_sample_grads(large: bool, device: torch.device) -> Args:
+    args = conv_weight_grad(large, device)
+    return *args[:7], True, True
+
+
 def embedding_weight_grad(large: bool, device: torch.device) -> Args:
     b, positions, width = (50, 30, 300) if large else (4, 3, 5)
     grad_out = torch.randn(b, positions, width, device=device)
@@ -85,7 +90,7 @@ def norm_backward(large: bool, device: torch.device) -> Args:
     grad_out, x = torch.randn(shape, device=device), torch.randn(shape, device=device)
     mean = torch.randn(*shape[:2], 2, 1, device=device)
     rstd, scale = torch.rand_like(mean) + 1, torch.randn(shape[2], device=device)
-    return grad_out, x, mean, rstd, scale, shape[0], True, True, True
+    return grad_out, x, mean, rstd, scale, shape[0], True, True, True, True
 
 
 CASES: dict[str, Callable[[bool, torch.device], Args]] = {

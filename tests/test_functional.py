@@ -225,7 +225,9 @@ def test_listeners_are_told_and_not_kept_alive() -> None:
         def __init__(self) -> None:
             self.told: list[tuple[int, ...]] = []
 
-        def on_backward(self, call: af.Call, saved: tuple[Tensor, ...]) -> None:
+        def on_backward(
+            self, call: af.Call, saved: tuple[Tensor, ...], sample_grads: object
+        ) -> None:
             self.told.append(tuple(t.shape[0] for t in saved))
 
     listener = Listener()

@@ -64,9 +64,10 @@ FLAGS = {
     "linear_weight_grad": ("weight", "bias", "coordinates"),
     "linear_adagrad_": ("bias", "coordinates"),
     "conv_weight_grad": ("weight", "bias", "coordinates"),
+    "conv_sample_grads": ("weight", "bias"),
     "embedding_weight_grad": ("coordinates",),
     "scale_weight_grad": ("weight", "bias", "coordinates"),
-    "norm_backward": ("weight", "bias", "coordinates"),
+    "norm_backward": ("weight", "bias", "coordinates", "samples"),
 }
 """Arguments that say which results are wanted."""
 LESS: list[tuple[str, dict[str, object]]] = [

@@ -17,7 +17,12 @@ from adagrad_kernels import ops, reference
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 NAMES = ("weight", "bias", "probe", "weight_sums", "bias_sums")
-LABELS = {3: ("weight", "probe", "weight_sums"), 5: NAMES, 6: ("input", *NAMES)}
+LABELS = {
+    2: ("samples", "samples of bias"),
+    3: ("weight", "probe", "weight_sums"),
+    5: NAMES,
+    7: ("input", *NAMES, "samples"),
+}
 flags = st.tuples(st.booleans(), st.booleans(), st.booleans())
 
 
@@ -127,6 +132,7 @@ def check_conv(
     x = torch.randn(b, conv["channels"], *conv["size"], device=device).to(dtype)
     tensors = [laid_out(grad_out, layout), laid_out(x, layout_2)]
     check("conv_weight_grad", tensors, *conv["options"], b + 1, *wanted, b=b)
+    check("conv_sample_grads", tensors, *conv["options"], *wanted[:2], b=b)
 
 
 @settings(max_examples=80)
@@ -253,13 +259,15 @@ norm_layouts = st.one_of(layouts, st.just("channels"))
 
 
 @settings(max_examples=80)
-@given(normalisations(), st.booleans(), flags, dtypes, norm_layouts, norm_layouts)
-def test_norm(device: torch.device, shapes, centred, wanted, dtype, layout, layout_2) -> None:
+@given(normalisations(), st.booleans(), flags, st.booleans(), dtypes, norm_layouts, norm_layouts)
+def test_norm(
+    device: torch.device, shapes, centred, wanted, samples, dtype, layout, layout_2
+) -> None:
     shape, of = shapes
     grad_out, x, mean, *rest = norm_operands(device, shape, of, dtype)
     tensors = [laid_out_by_channel(grad_out, layout), laid_out_by_channel(x, layout_2)]
     mean = mean if centred or of[0] != shape[0] else None
-    check("norm_backward", [*tensors, mean, *rest], shape[0] + 2, *wanted, b=shape[0])
+    check("norm_backward", [*tensors, mean, *rest], shape[0] + 2, *wanted, samples, b=shape[0])
     grad_input = ops.norm_backward(*tensors, mean, *rest, shape[0])[0]
     assert grad_input.dtype == dtype
     assert grad_input.stride() == torch.empty_like(tensors[1]).stride()
@@ -285,11 +293,11 @@ def test_norm_over_threads(
     shape, of = OF_NORMS[case]
     grad_out, x, *rest = norm_operands(device, shape, of, dtype)
     tensors = [laid_out_by_channel(grad_out, layout), laid_out_by_channel(x, layout), *rest]
-    check("norm_backward", tensors, shape[0], True, True, True, b=shape[0])
+    check("norm_backward", tensors, shape[0], True, True, True, True, b=shape[0])
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(ops.norm_backward(*tensors, shape[0], coordinates=True))
+        results.append(ops.norm_backward(*tensors, shape[0], coordinates=True, samples=True))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -309,7 +317,7 @@ def test_every_size_may_be_zero(device: torch.device, wanted, dtype: torch.dtype
         for statistic in (None, randn(b, n, 1, 1), randn(1, 1, c, 1), randn(b, n, c, 1)):
             check("scale_weight_grad", [*tensors, statistic, statistic], b + 1, *wanted, b=b)
         rest = randn(b, n, 1, 1), randn(b, n, 1, 1), randn(c)
-        check("norm_backward", [*tensors, *rest], b + 1, *wanted, b=b)
+        check("norm_backward", [*tensors, *rest], b + 1, *wanted, True, b=b)
         if not (c == 0 and n):  # a token needs a row
             indices = torch.zeros(b, n, dtype=torch.int64, device=device)
             options = (c, -1, b + 1, wanted[2])
@@ -371,6 +379,10 @@ BAD: dict[str, tuple[str, tuple]] = {
         (f32(3, 2, 4, 4), f32(3, 2, 4, 4).double(), *CONV, 1, 4, *WANTED),
     ),
     "conv capacity": ("conv_weight_grad", (f32(3, 2, 4, 4), f32(3, 2, 4, 4), *CONV, 1, 2, *WANTED)),
+    "conv samples": ("conv_sample_grads", (f32(3, 2, 4, 4), f32(2, 2, 4, 4), *CONV, 1, True, True)),
+    "conv samples output": (
+        "conv_sample_grads", (f32(3, 2, 5, 4), f32(3, 2, 4, 4), *CONV, 1, True, True),
+    ),
     "embedding tokens": (
         "embedding_weight_grad", (f32(2, 2, 3), torch.tensor([[0, 1], [2, 5]]), 5, -1, 2, False),
     ),
@@ -393,25 +405,25 @@ BAD: dict[str, tuple[str, tuple]] = {
     "scale capacity": (
         "scale_weight_grad", (f32(2, 3, 4, 5), f32(2, 3, 4, 5), None, None, 1, *WANTED),
     ),
-    "norm shapes": ("norm_backward", (f32(2, 3, 4, 5), f32(2, 3, 4, 4), *NORM, 2, *WANTED)),
-    "norm dimensions": ("norm_backward", (f32(2, 3), f32(2, 3), *NORM, 2, *WANTED)),
+    "norm shapes": ("norm_backward", (f32(2, 3, 4, 5), f32(2, 3, 4, 4), *NORM, 2, *WANTED, True)),
+    "norm dimensions": ("norm_backward", (f32(2, 3), f32(2, 3), *NORM, 2, *WANTED, True)),
     "norm groups": (
-        "norm_backward", (*[f32(2, 3, 4, 5)] * 2, *[f32(2, 3, 3, 1)] * 2, f32(4), 2, *WANTED),
+        "norm_backward", (*[f32(2, 3, 4, 5)] * 2, *[f32(2, 3, 3, 1)] * 2, f32(4), 2, *WANTED, True),
     ),
     "norm of the batch at positions": (
-        "norm_backward", (*[f32(2, 3, 4, 5)] * 2, *[f32(1, 1, 4, 1)] * 2, f32(4), 2, *WANTED),
+        "norm_backward", (*[f32(2, 3, 4, 5)] * 2, *[f32(1, 1, 4, 1)] * 2, f32(4), 2, *WANTED, True),
     ),
     "norm of the batch without mean": (
-        "norm_backward", (*[f32(2, 1, 4, 5)] * 2, None, f32(1, 1, 4, 1), f32(4), 2, *WANTED),
+        "norm_backward", (*[f32(2, 1, 4, 5)] * 2, None, f32(1, 1, 4, 1), f32(4), 2, *WANTED, True),
     ),
     "norm mean": (
         "norm_backward",
-        (*[f32(2, 3, 4, 5)] * 2, f32(2, 3, 2, 1), f32(2, 3, 1, 1), f32(4), 2, *WANTED),
+        (*[f32(2, 3, 4, 5)] * 2, f32(2, 3, 2, 1), f32(2, 3, 1, 1), f32(4), 2, *WANTED, True),
     ),
     "norm scale": (
-        "norm_backward", (*[f32(2, 3, 4, 5)] * 2, *NORM[:2], f32(3), 2, *WANTED),
+        "norm_backward", (*[f32(2, 3, 4, 5)] * 2, *NORM[:2], f32(3), 2, *WANTED, True),
     ),
-    "norm capacity": ("norm_backward", (*[f32(2, 3, 4, 5)] * 2, *NORM, 1, *WANTED)),
+    "norm capacity": ("norm_backward", (*[f32(2, 3, 4, 5)] * 2, *NORM, 1, *WANTED, True)),
 }  # fmt: skip
 
 

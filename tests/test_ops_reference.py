@@ -97,6 +97,10 @@ def test_conv(
     )
     expected = {"weight": w if weight else None, "bias": v if bias else None}
     check_layer(found, expected, 3, coordinates)
+    options = stride, padding, dilation, groups
+    samples = reference.conv_sample_grads(g, x, kernel, *options, weight, bias)
+    for own, of in zip(samples, expected.values(), strict=True):
+        close(own, own.new_empty(0) if of is None else of)
 
 
 @pytest.mark.parametrize("coordinates", [True, False])
@@ -172,11 +176,13 @@ def test_norm(name: str, weight: bool, bias: bool, coordinates: bool) -> None:
         torch.autograd.grad(y, leaves, g * (torch.arange(3) == i).view(3, 1, 1), retain_graph=True)
         for i in range(3)
     ]
-    grad_x, *rest = reference.norm_backward(
-        g.view(view), x.detach().view(view), mean, rstd, w.detach(), 5, weight, bias, coordinates
-    )
+    grad_x, *rest, own = reference.norm_backward(
+        g.view(view), x.detach().view(view), mean, rstd, w.detach(), 5,
+        weight, bias, coordinates, True,
+    )  # fmt: skip
     close(grad_x.view(shape), expected)
     of_w, of_b = (torch.stack(t) for t in zip(*samples, strict=True))
+    close(own, torch.stack([of_w, of_b], dim=1))
     check_layer(
         tuple(rest), {"w": of_w if weight else None, "b": of_b if bias else None}, 5, coordinates
     )

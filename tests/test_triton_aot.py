@@ -89,7 +89,7 @@ def norm_case(
     g = meta(b, positions, inner, channels, dtype=dtype).transpose(2, 3) if last else None
     g = meta(*shape, dtype=dtype) if g is None else g
     tensors = (g, g, meta(*statistics), meta(*statistics), meta(channels))
-    return norm.norm_backward, (*tensors, 64, True, True, False)
+    return norm.norm_backward, (*tensors, 64, True, True, False, False)
 
 
 # name: launcher with arguments, float32 precision.

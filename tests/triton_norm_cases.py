@@ -71,10 +71,10 @@ def test_norm_backward(
         return  # no layer has that
     given = mean if centred else None
     arguments = (g, x, given, rstd, scale, shape[0] + 2)
-    compare(norm.norm_backward, reference.norm_backward, *arguments, True, True, True)
+    compare(norm.norm_backward, reference.norm_backward, *arguments, *[True] * 4)
     channels_last = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (g, x)]
     compare(
-        norm.norm_backward, reference.norm_backward, *channels_last, *arguments[2:], *[True] * 3
+        norm.norm_backward, reference.norm_backward, *channels_last, *arguments[2:], *[True] * 4
     )
 
 
@@ -90,7 +90,7 @@ def test_norm_backward_with_frozen_parts(
     over = 2 if statistics_shape[0] == 3 else (0, 2)
     variance, mean = torch.var_mean(x.reshape(blocks), over, correction=0, keepdim=True)
     mean, rstd = mean.reshape(statistics_shape), variance.rsqrt().reshape(statistics_shape)
-    arguments = (g.to(dtype), x.to(dtype), mean, rstd, scale, 3, weight, bias, False)
+    arguments = (g.to(dtype), x.to(dtype), mean, rstd, scale, 3, weight, bias, False, False)
     compare(norm.norm_backward, reference.norm_backward, *arguments)
 
 

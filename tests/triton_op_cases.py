@@ -186,6 +186,7 @@ def test_registered_functions_take_what_the_schemas_give(
             torch.ones(4),
             2,
             *rest,
+            True,
         ),
     }[name]
     if name == "conv_weight_grad":

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import ops
-from ._call import as_grad, counted, notify
+from ._call import as_grad, counted, notify, wants_sample_grads
 
 
 def affine_grads(
@@ -43,14 +43,18 @@ def affine_grads(
     g, a = grad_out.reshape(view), x.reshape(view)
     statistics = (t.expand(view[0], -1, -1, -1) for t in (mean, rstd) if t is not None)
     saved = (a, *statistics, g)
-    notify(ctx.call, *saved)
-    grad_x = None
+    grad_x = sample_grads = None
     if need_x and input_grad and rstd is not None:
-        grad_x, *found = ops.norm_backward(g, a, mean, rstd, weight.reshape(-1), *wanted)
+        keeps = wants_sample_grads(ctx.call)
+        grad_x, *found, c = ops.norm_backward(g, a, mean, rstd, weight.reshape(-1), *wanted, keeps)
         grad_x = grad_x.reshape(x.shape)
+        if keeps:  # they are much smaller than the operands
+            own = zip(("weight", "bias"), (need_w, need_b), c.unbind(1), strict=True)
+            sample_grads = {name: each for name, needed, each in own if needed}
     else:
         m, r = (t if t is None else by_channel(t, view[2]) for t in (mean, rstd))
         found = ops.scale_weight_grad(g, a, m, r, *wanted)
+    notify(ctx.call, *saved, sample_grads=sample_grads)
     grad_w, grad_b, grad_p, sums_w, sums_b = found
     return (
         grad_x,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -16,11 +16,22 @@ from .._library import NAMESPACE
 class CallListener(Protocol):
     """Notified of every backward pass through a call that has a key."""
 
-    def on_backward(self, call: Call, saved: tuple[Tensor, ...]) -> None:
-        """This call took part; `saved` are its operands, the samples in dim 0, grad_out last.
+    def on_backward(
+        self, call: Call, saved: tuple[Tensor, ...], sample_grads: Mapping[str, Tensor] | None
+    ) -> None:
+        """This call took part.
 
-        They may require grad: detach what is kept.
+        Args:
+            call: which one.
+            saved: its operands, the samples in dim 0, grad_out last. They may require grad: detach
+                what is kept.
+            sample_grads: c_i of its parameters, [b, …] by name, if `wants_sample_grads` and the
+                function has them.
         """
+
+    def wants_sample_grads(self, call: Call) -> bool:
+        """Whether this call's c_i would do instead of its operands (eager mode)."""
+        ...
 
 
 class WeightUpdate(Protocol):
@@ -65,7 +76,7 @@ def listen(listener: CallListener) -> int:
 
     Example:
         >>> class Printer:
-        ...     def on_backward(self, call, saved):
+        ...     def on_backward(self, call, saved, sample_grads):
         ...         print("backward of", [list(t.shape) for t in saved])
         >>> printer, probe = Printer(), torch.zeros(2, 3).requires_grad_()
         >>> x, w = torch.ones(3, 2), torch.ones(1, 2).requires_grad_()
@@ -78,16 +89,26 @@ def listen(listener: CallListener) -> int:
     return key
 
 
-def notify(call: Call, *saved: Tensor) -> None:
+def wants_sample_grads(call: Call) -> bool:
+    """Whether to `notify` of c_i where they are cheap."""
+    if not call.key or torch.compiler.is_compiling():
+        return False
+    listener = _listeners.get(call.key)
+    return listener is not None and listener.wants_sample_grads(call)
+
+
+def notify(call: Call, *saved: Tensor, sample_grads: Mapping[str, Tensor] | None = None) -> None:
     """Notifies the call's listener of its backward pass; in a compiled graph `counted` does."""
     if call.key and not torch.compiler.is_compiling():
-        _notify(call, saved)
+        _notify(call, saved, sample_grads)
 
 
-def _notify(call: Call, saved: Sequence[Tensor]) -> None:
+def _notify(
+    call: Call, saved: Sequence[Tensor], sample_grads: Mapping[str, Tensor] | None = None
+) -> None:
     listener = _listeners.get(call.key)
     if listener is not None:
-        listener.on_backward(call, tuple(saved))
+        listener.on_backward(call, tuple(saved), sample_grads)
 
 
 # A replayed CUDA graph would notify nobody.

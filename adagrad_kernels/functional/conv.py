@@ -19,6 +19,7 @@ from ._call import (
     dtypes,
     notify,
     refuse_double_backward,
+    wants_sample_grads,
 )
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -42,17 +43,29 @@ class _Conv(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.options
         need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
         saved = _of_samples(ctx.k, x, grad_out)
-        notify(ctx.call, *saved)
+        pixels = ctx.k * grad_out.shape[2:].numel()
+        if (
+            need_w
+            and x.device.type == "cpu"
+            and wants_sample_grads(ctx.call)  # first: a compiled graph is none of certain sizes
+            and sample_grads_are_cheap(len(saved[0]), pixels, weight.numel())
+        ):
+            sample_grads = _sample_grads(grad_out, x, weight, ctx.k, ctx.options, need_b)
+            notify(ctx.call, *saved, sample_grads=sample_grads)
+            found = _of_sample_grads(sample_grads, probe.shape[1])
+        else:
+            notify(ctx.call, *saved)
+            found = _weight_grad(
+                grad_out, x, weight, ctx.k, ctx.options,
+                probe.shape[1], need_w, need_b, need_ws or need_bs,
+            )  # fmt: skip
+        grad_w, grad_b, grad_p, sums_w, sums_b = found
         grad_x = None
         if need_x:
             grad_x = torch.ops.aten.convolution_backward.default(
                 grad_out, x, weight, None, stride, padding, dilation, False, [0] * len(stride),
                 groups, [True, False, False],
             )[0]  # fmt: skip
-        grad_w, grad_b, grad_p, sums_w, sums_b = _weight_grad(
-            grad_out, x, weight, ctx.k, ctx.options,
-            probe.shape[1], need_w, need_b, need_ws or need_bs,
-        )  # fmt: skip
         return (
             grad_x,
             as_grad(grad_w, weight_dtype, need_w),
@@ -135,6 +148,51 @@ def _weight_grad(
     )
     grad_w, sums_w = (t.squeeze(2) if t.dim() > 1 else t for t in (grad_w, sums_w))
     return grad_w, grad_b, probe, sums_w, sums_b
+
+
+def sample_grads_are_cheap(samples: int, positions: int, parameters: int) -> bool:
+    """Whether c_i rather than the operands is to be kept for inner products, on the CPU.
+
+    The operands need another forward pass, 2·T operations an element of c_i; c_i is written once
+    and read twice. On two cores of an EPYC both take the same time at about T = 64 where c_i stays
+    in a cache, and at 300 to 400 where it does not. Threads share the samples: few are too few.
+
+    Args:
+        samples: b.
+        positions: T, pixels of a sample's images.
+        parameters: elements of the weight.
+    """
+    return samples >= 16 and positions >= (128 if samples * parameters <= 1 << 22 else 512)
+
+
+def _sample_grads(
+    grad_out: Tensor, x: Tensor, weight: Tensor, k: int, options: tuple, bias: bool
+) -> dict[str, Tensor]:
+    """c_i of samples of k images each, of the weight and, if wanted, the bias."""
+    stride, padding, dilation, groups = options
+    size = weight.shape[2:]
+    if k > 1:  # one image with k slices
+        grad_out, x = (t.transpose(1, 2) for t in _of_samples(k, grad_out, x))
+        size, stride, padding, dilation = (1, *size), (1, *stride), (0, *padding), (1, *dilation)
+    of_weight, of_bias = ops.conv_sample_grads(
+        grad_out, x, size, stride, padding, dilation, groups, True, bias
+    )
+    found = {"weight": of_weight.reshape(-1, *weight.shape)}
+    return {**found, "bias": of_bias} if bias else found
+
+
+def _of_sample_grads(sample_grads: dict[str, Tensor], capacity: int) -> tuple[Tensor, ...]:
+    """What `_weight_grad` returns, from c_i; always with coordinate sums."""
+    c = sample_grads["weight"]
+    grad_w, sums_w, norms = ops.sample_statistics(c.flatten(1))
+    grad_b = sums_b = norms[:0]
+    if "bias" in sample_grads:
+        grad_b, sums_b, of_bias = ops.sample_statistics(sample_grads["bias"])
+        norms = norms + of_bias
+    probe = norms.new_zeros(2, capacity)
+    probe[0, : len(c)] = norms
+    probe[1, : len(c)] = 1
+    return grad_w.view(c.shape[1:]), grad_b, probe, sums_w.view(c.shape[1:]), sums_b
 
 
 def conv_statistics(

@@ -111,9 +111,17 @@ class CallRecorder(Protocol):
         ...
 
     def on_backward(
-        self, layer: ObservedLayer, call: functional.Call, saved: tuple[Tensor, ...]
+        self,
+        layer: ObservedLayer,
+        call: functional.Call,
+        saved: tuple[Tensor, ...],
+        sample_grads: Mapping[str, Tensor] | None,
     ) -> None:
         """Notified of each layer call's backward pass; by compiled graphs only if asked to."""
+        ...
+
+    def wants_sample_grads(self, layer: ObservedLayer, call: functional.Call) -> bool:
+        """Whether c_i of this call would do instead of its operands."""
         ...
 
     def used_once(self, layer: ObservedLayer, call: functional.Call) -> bool:
@@ -181,6 +189,8 @@ class ObservedLayer:
     Attributes:
         observed_name: the module's path in the model.
         foldable: whether `by_samples` of its inputs can be measured.
+        takes_sample_grads: whether its parameters have the names that functions notify c_i by, and
+            one call uses all of them.
         observed_parameters: names of the parameters that the layer measures.
         plain_class: the class that the instance had before.
         notifies_from_graphs: whether compiled graphs, too, notify of their calls: it takes copies
@@ -197,6 +207,7 @@ class ObservedLayer:
     observed_parameters: tuple[str, ...] = ("weight", "bias")
     observed_method: ClassVar[str]
     foldable: ClassVar[bool] = True
+    takes_sample_grads: ClassVar[bool] = False
     observed_name: str
     plain_class: type[nn.Module]
     notifies_from_graphs: bool
@@ -244,9 +255,18 @@ class ObservedLayer:
         for name in OWN_ATTRIBUTES:
             self.__dict__.pop(name, None)
 
-    def on_backward(self, call: functional.Call, saved: tuple[Tensor, ...]) -> None:
+    def on_backward(
+        self,
+        call: functional.Call,
+        saved: tuple[Tensor, ...],
+        sample_grads: Mapping[str, Tensor] | None,
+    ) -> None:
         """Notified of the backward pass of each call, see `CallListener`."""
-        self._observer.on_backward(self, call, saved)
+        self._observer.on_backward(self, call, saved, sample_grads)
+
+    def wants_sample_grads(self, call: functional.Call) -> bool:
+        """See `CallListener`."""
+        return self.takes_sample_grads and self._observer.wants_sample_grads(self, call)
 
     def call_keys(self) -> set[int]:
         """Those of its calls."""

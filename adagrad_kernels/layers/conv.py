@@ -57,6 +57,7 @@ class _AnyConv(ObservedLayer, _ConvNd):
 
 
 class _ObservedConv(_AnyConv):
+    takes_sample_grads = True
     observed_method = "direct, Gram (few positions)"
 
     def _options(self) -> tuple[Any, ...]:

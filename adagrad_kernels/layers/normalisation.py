@@ -18,6 +18,7 @@ from .base import ObservedLayer, unrounded, unwatched
 
 class _Affine(ObservedLayer):
     observed_method = "sums by channel"
+    takes_sample_grads = True
 
     @property
     def channels_axis(self) -> int:

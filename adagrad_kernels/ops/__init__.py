@@ -12,6 +12,7 @@ computed and returned in float32; float64 stays float64.
 
 from ._schemas import NAMES
 from .layers import (
+    conv_sample_grads,
     conv_weight_grad,
     embedding_weight_grad,
     linear_adagrad_,
@@ -31,6 +32,7 @@ __all__ = [
     "NAMES",
     "adagrad_",
     "adagrad_norm_",
+    "conv_sample_grads",
     "conv_weight_grad",
     "embedding_weight_grad",
     "grad_norm_sq",

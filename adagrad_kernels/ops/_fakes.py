@@ -106,6 +106,25 @@ def conv_weight_grad(
     return _layer_grads(grad_out, shape, capacity, weight, bias, coordinates)
 
 
+def conv_sample_grads(
+    grad_out: Tensor,
+    input: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    weight: bool,
+    bias: bool,
+) -> tuple[Tensor, Tensor]:
+    b, out_channels = grad_out.shape[:2]
+    shape = (b, out_channels, input.shape[1] // groups, *kernel_size)
+    return (
+        _like(grad_out, *(shape if weight else (0,))),
+        _like(grad_out, *((b, out_channels) if bias else (0,))),
+    )
+
+
 def embedding_weight_grad(
     grad_out: Tensor,
     indices: Tensor,
@@ -143,7 +162,9 @@ def norm_backward(
     weight: bool,
     bias: bool,
     coordinates: bool,
+    samples: bool,
 ) -> tuple[Tensor, ...]:
     shape = (input.shape[2],)
     rest = _layer_grads(input, shape, capacity, weight, bias, coordinates)
-    return torch.empty_like(input), *rest
+    own = _like(input, input.shape[0] if samples else 0, 2, *shape)
+    return torch.empty_like(input), *rest, own

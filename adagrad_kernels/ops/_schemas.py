@@ -28,13 +28,16 @@ SCHEMAS = (
     "conv_weight_grad(Tensor grad_out, Tensor input, SymInt[] kernel_size, SymInt[] stride, "
     "SymInt[] padding, SymInt[] dilation, SymInt groups, SymInt capacity, bool weight, bool bias, "
     "bool coordinates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "conv_sample_grads(Tensor grad_out, Tensor input, SymInt[] kernel_size, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups, bool weight, bool bias) "
+    "-> (Tensor, Tensor)",
     "embedding_weight_grad(Tensor grad_out, Tensor indices, SymInt num_embeddings, "
     "SymInt padding_idx, SymInt capacity, bool coordinates) -> (Tensor, Tensor, Tensor)",
     "scale_weight_grad(Tensor grad_out, Tensor input, Tensor? mean, Tensor? rstd, SymInt capacity, "
     "bool weight, bool bias, bool coordinates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "norm_backward(Tensor grad_out, Tensor input, Tensor? mean, Tensor rstd, Tensor scale, "
-    "SymInt capacity, bool weight, bool bias, bool coordinates) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "SymInt capacity, bool weight, bool bias, bool coordinates, bool samples) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)

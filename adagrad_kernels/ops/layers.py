@@ -164,6 +164,53 @@ def conv_weight_grad(
     )  # fmt: skip
 
 
+def conv_sample_grads(
+    grad_out: Tensor,
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    weight: bool = True,
+    bias: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The contributions c_i themselves of a convolution's samples, written to memory.
+
+    Of `conv_weight_grad`, whose arguments these are, c_i is what is summed and squared. Small
+    weights and many positions make it smaller than the operands; then inner products with a
+    gradient that is known later (⟨c_i, ḡ⟩) cost one reading of c_i, where the operands would
+    need another forward pass. `sample_statistics` makes gradient, norms and sums of it.
+
+    Args:
+        grad_out: gradient of the output, [b, O, *D'].
+        input: the layer's input, [b, C, *D]; any strides.
+        kernel_size: one number a spatial dimension; stride, padding and dilation likewise.
+        stride: distance of output pixels in the input.
+        padding: zeros on both sides.
+        dilation: distance of kernel elements.
+        groups: as in `torch.nn.Conv2d`.
+        weight: whether those of the weight are wanted.
+        bias: whether those of the bias are wanted.
+
+    Returns:
+        [b, O, C/groups, *kernel_size] and [b, O]; what was not wanted has shape [0].
+
+    Raises:
+        RuntimeError: shapes that do not fit.
+
+    Example:
+        >>> x = torch.tensor([[[1., 2., 3.]], [[1., 0., 0.]]])
+        >>> options = {"stride": [1], "padding": [0], "dilation": [1], "groups": 1}
+        >>> c, c_bias = conv_sample_grads(torch.ones(2, 1, 2), x, [2], **options)
+        >>> c.tolist(), c_bias.tolist()
+        ([[[[3.0, 5.0]]], [[[1.0, 0.0]]]], [[2.0], [2.0]])
+    """
+    return _schemas.registered.conv_sample_grads.default(
+        grad_out, input, kernel_size, stride, padding, dilation, groups, weight, bias
+    )
+
+
 def embedding_weight_grad(
     grad_out: Tensor,
     indices: Tensor,
@@ -259,7 +306,8 @@ def norm_backward(
     weight: bool = True,
     bias: bool = True,
     coordinates: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    samples: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward pass of a normalisation and `scale_weight_grad` in one pass.
 
         y = w[c] x̂ + bias[c],   x̂ = (input − mean) · rstd,   h = w[c] · grad_out
@@ -281,10 +329,12 @@ def norm_backward(
         weight: whether the gradient of w is wanted.
         bias: whether the gradient of the bias is wanted.
         coordinates: whether the sums of squares are wanted.
+        samples: whether the contributions c_i themselves are wanted.
 
     Returns:
         grad_input with the dtype and layout of input; then grad_weight [C], grad_bias [C], probe
-        [2, capacity], weight_sums [C] and bias_sums [C] as from `scale_weight_grad`.
+        [2, capacity], weight_sums [C] and bias_sums [C] as from `scale_weight_grad`; and c_i of
+        scale and shift [b, 2, C], or [0, 2, C].
 
     Raises:
         RuntimeError: shapes that do not fit, or b > capacity.
@@ -297,5 +347,5 @@ def norm_backward(
         [0.196, -0.028, 0.2, 0.0]
     """
     return _schemas.registered.norm_backward.default(
-        grad_out, input, mean, rstd, scale, capacity, weight, bias, coordinates
+        grad_out, input, mean, rstd, scale, capacity, weight, bias, coordinates, samples
     )

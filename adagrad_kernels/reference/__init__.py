@@ -5,7 +5,13 @@ errors are documented.
 """
 
 from ._common import compute_dtype
-from .layers import conv_weight_grad, embedding_weight_grad, linear_adagrad_, linear_weight_grad
+from .layers import (
+    conv_sample_grads,
+    conv_weight_grad,
+    embedding_weight_grad,
+    linear_adagrad_,
+    linear_weight_grad,
+)
 from .norm import check_norm, norm_backward, norm_input_grad, scale_weight_grad
 from .update import adagrad_, adagrad_norm_, grad_norm_sq, pool_samples, sample_statistics
 
@@ -14,6 +20,7 @@ __all__ = [
     "adagrad_norm_",
     "check_norm",
     "compute_dtype",
+    "conv_sample_grads",
     "conv_weight_grad",
     "embedding_weight_grad",
     "grad_norm_sq",

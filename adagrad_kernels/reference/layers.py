@@ -118,6 +118,51 @@ def _unfold(
     return a[tuple(index)]
 
 
+def _as_products(
+    op: str,
+    grad_out: Tensor,
+    input: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """g [b, G, O/G, T] and a [b, G, C/G · kernel, T], whose products are a convolution's c_i."""
+    dims = len(kernel_size)
+    require(
+        1 <= dims <= 3 and len(stride) == len(padding) == len(dilation) == dims,
+        f"{op}: kernel_size, stride, padding and dilation take one number a spatial "
+        "dimension, for one to three of them",
+    )
+    require(
+        grad_out.dim() == input.dim() == dims + 2
+        and grad_out.shape[0] == input.shape[0]
+        and grad_out.dtype == input.dtype,
+        f"{op}: expected grad_out [b, O, *D'] and input [b, C, *D] of one dtype, with "
+        f"{dims} spatial dimensions",
+    )
+    require(
+        groups > 0 and not input.shape[1] % groups and not grad_out.shape[1] % groups,
+        f"{op}: {input.shape[1]} input and {grad_out.shape[1]} output channels do not "
+        f"divide into {groups} groups",
+    )
+    for d in range(dims):
+        reach = (grad_out.shape[2 + d] - 1) * stride[d] + (kernel_size[d] - 1) * dilation[d] + 1
+        require(
+            reach <= input.shape[2 + d] + 2 * padding[d],
+            f"{op}: grad_out is larger than this convolution's output",
+        )
+    dtype = compute_dtype(grad_out.dtype)
+    b, out_channels = grad_out.shape[:2]
+    channels = input.shape[1] // groups
+    g = grad_out.to(dtype).reshape(b, groups, out_channels // groups, grad_out.shape[2:].numel())
+    out = list(grad_out.shape[2:])
+    a = _unfold(input.to(dtype), kernel_size, stride, padding, dilation, out)
+    a = a.reshape(b, groups, channels * math.prod(kernel_size), g.shape[3])
+    return g, a
+
+
 def conv_weight_grad(
     grad_out: Tensor,
     input: Tensor,
@@ -131,42 +176,35 @@ def conv_weight_grad(
     bias: bool,
     coordinates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dims = len(kernel_size)
-    require(
-        1 <= dims <= 3 and len(stride) == len(padding) == len(dilation) == dims,
-        "conv_weight_grad: kernel_size, stride, padding and dilation take one number a spatial "
-        "dimension, for one to three of them",
+    g, a = _as_products(
+        "conv_weight_grad", grad_out, input, kernel_size, stride, padding, dilation, groups
     )
-    require(
-        grad_out.dim() == input.dim() == dims + 2
-        and grad_out.shape[0] == input.shape[0]
-        and grad_out.dtype == input.dtype,
-        "conv_weight_grad: expected grad_out [b, O, *D'] and input [b, C, *D] of one dtype, with "
-        f"{dims} spatial dimensions",
-    )
-    require(
-        groups > 0 and not input.shape[1] % groups and not grad_out.shape[1] % groups,
-        f"conv_weight_grad: {input.shape[1]} input and {grad_out.shape[1]} output channels do not "
-        f"divide into {groups} groups",
-    )
-    for d in range(dims):
-        reach = (grad_out.shape[2 + d] - 1) * stride[d] + (kernel_size[d] - 1) * dilation[d] + 1
-        require(
-            reach <= input.shape[2 + d] + 2 * padding[d],
-            "conv_weight_grad: grad_out is larger than this convolution's output",
-        )
-    dtype = compute_dtype(grad_out.dtype)
-    b, out_channels = grad_out.shape[:2]
-    channels = input.shape[1] // groups
-    g = grad_out.to(dtype).reshape(b, groups, out_channels // groups, grad_out.shape[2:].numel())
-    out = list(grad_out.shape[2:])
-    a = _unfold(input.to(dtype), kernel_size, stride, padding, dilation, out)
-    a = a.reshape(b, groups, channels * math.prod(kernel_size), g.shape[3])
     grad, grad_bias, norms, grad_sq, bias_sq = _per_sample(g, a, weight, bias, coordinates)
-    shape = (out_channels, channels, *kernel_size)
+    shape = (grad_out.shape[1], input.shape[1] // groups, *kernel_size)
     grad = grad.reshape(shape) if weight else grad
     grad_sq = grad_sq.reshape(shape) if weight and coordinates else grad_sq
     return grad, grad_bias, probe_of(norms, capacity), grad_sq, bias_sq
+
+
+def conv_sample_grads(
+    grad_out: Tensor,
+    input: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    weight: bool,
+    bias: bool,
+) -> tuple[Tensor, Tensor]:
+    g, a = _as_products(
+        "conv_sample_grads", grad_out, input, kernel_size, stride, padding, dilation, groups
+    )
+    shape = (*grad_out.shape[:2], input.shape[1] // groups, *kernel_size)
+    return (
+        (g @ a.mT).reshape(shape) if weight else g.new_empty(0),
+        g.sum(3).flatten(1) if bias else g.new_empty(0),
+    )
 
 
 def embedding_weight_grad(

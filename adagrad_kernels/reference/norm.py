@@ -68,7 +68,8 @@ def norm_backward(
     weight: bool,
     bias: bool,
     coordinates: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    samples: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_norm(grad_out, input, mean, rstd, scale)
     channels, groups = input.shape[2], rstd.shape[2]
     dtype = compute_dtype(input.dtype)
@@ -78,8 +79,13 @@ def norm_backward(
     )
     g, x = grad_out.to(dtype), input.to(dtype)
     rest = scale_weight_grad(g, x, m, r, capacity, weight, bias, coordinates)
+    own = g.new_empty(0, 2, channels)
+    if samples:
+        hat = x if m is None else x - m
+        hat = hat if r is None else hat * r
+        own = torch.stack([(g * hat).sum((1, 3)), g.sum((1, 3))], dim=1)
     grad_input = norm_input_grad(g, x, mean, rstd, scale)
-    return torch.empty_like(input).copy_(grad_input), *rest
+    return torch.empty_like(input).copy_(grad_input), *rest, own
 
 
 def norm_input_grad(

@@ -182,6 +182,13 @@ def _other_input_grad(
     )[0]  # fmt: skip
 
 
+def _sample_grads(vectors: Tensor | None, input: Tensor) -> Tensor:
+    """[b, 2, C] from sums by chunks [2, b, chunks, C]; [0, 2, C] without."""
+    if vectors is None:
+        return torch.empty(0, 2, input.shape[2], dtype=torch.float32, device=input.device)
+    return vectors.sum(2).transpose(0, 1).contiguous()
+
+
 def norm_backward(
     grad_out: Tensor,
     input: Tensor,
@@ -192,33 +199,39 @@ def norm_backward(
     weight: bool,
     bias: bool,
     coordinates: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    samples: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.norm_backward`."""
     reference.check_norm(grad_out, input, mean, rstd, scale)
-    samples, positions, channels, inner = input.shape
+    b, positions, channels, inner = input.shape
     each = channels // rstd.shape[2]
-    by_row = inner == rstd.shape[2] == 1 and rstd.shape[0] == samples
+    by_row = inner == rstd.shape[2] == 1 and rstd.shape[0] == b
     if by_row and channels <= LONGEST_ROW:
         grad, vectors = norm_rows(grad_out, input, mean, rstd, scale)
     elif by_row or mean is None or positions > 1:
         grad = _other_input_grad(grad_out, input, mean, rstd, scale, by_row)
         if _kind(rstd) == ELEMENT.value:
             mean, rstd = (t if t is None else t.repeat_interleave(each, 2) for t in (mean, rstd))
-        return torch.empty_like(input).copy_(grad.reshape(input.shape)), *scale_weight_grad(
-            grad_out, input, mean, rstd, capacity, weight, bias, coordinates
+        return (
+            torch.empty_like(input).copy_(grad.reshape(input.shape)),
+            *scale_weight_grad(grad_out, input, mean, rstd, capacity, weight, bias, coordinates),
+            _sample_grads(
+                chunk_sums(grad_out, input, mean, rstd, True) if samples else None, input
+            ),
         )
     else:
         grad, vectors = None, chunk_sums(grad_out, input, mean, rstd, True)
     kept = vectors[1 - weight : 1 + bias] if weight or bias else None
-    done = finish(input.device, None, kept, samples, capacity, coordinates)
+    done = finish(input.device, None, kept, b, capacity, coordinates)
     grad_weight, sums = done.sums[0] if weight else common.nothing(input, 2)
     grad_bias, bias_sums = done.sums[-1] if bias else common.nothing(input, 2)
+    own = _sample_grads(vectors if samples else None, input)
     if grad is not None:
-        return grad, grad_weight, grad_bias, done.probe, sums, bias_sums
+        return grad, grad_weight, grad_bias, done.probe, sums, bias_sums, own
     products, totals, count = vectors[0], vectors[1], each * inner
-    if rstd.shape[0] < samples:  # the statistics are of all samples together
-        count *= samples
+    if rstd.shape[0] < b:  # the statistics are of all samples together
+        count *= b
         both = (grad_weight, grad_bias) if weight and bias else vectors.sum((1, 2))
         products, totals = (t.view(1, 1, channels) for t in both)
     grad = input_grad(grad_out, input, mean, rstd, scale, products, totals, count)
-    return grad, grad_weight, grad_bias, done.probe, sums, bias_sums
+    return grad, grad_weight, grad_bias, done.probe, sums, bias_sums, own

@@ -129,6 +129,7 @@ struct NormBackward {
   int64_t samples, positions, channels, inner, groups;  // b, T, C, S
   bool channels_last;
   T* grad_input;
+  T* sample_grads;  // [b, 2, C], gradients of scale and shift of each sample, or null
 };
 template <class T>
 void norm_samples_range(const NormBackward<T>& a, int64_t first, int64_t last,

@@ -134,6 +134,10 @@ ADAGRAD_KERNELS_INLINE void norm_samples(const NormBackward<T>& a, int64_t first
         groups_backward(a, t, k, last_group, scale, shift, rest);
       }
     }
+    if (a.sample_grads) {
+      T* own = a.sample_grads + 2 * i * a.channels;
+      __builtin_memcpy(own, scratch, 2 * a.channels * sizeof(T));
+    }
     add_sample(scale, a.channels, out.weight, out.weight_sq, norms + i);
     add_sample(shift, a.channels, out.bias, out.bias_sq, norms + i);
   }

@@ -10,16 +10,17 @@ void whole_batch(const NormBackward<T>& a, const ScaleOutputs& outputs, T* total
   const int64_t size = a.channels_last ? 4 : std::max<int64_t>(a.inner, 1);
   const int64_t block = std::clamp<int64_t>(1024 / size, 1, kBatchBlock);
   const int64_t blocks = ceil_div(a.channels, block);
-  Scratch<T> table(2 * a.samples * a.channels);
+  Scratch<T> own_table(a.sample_grads ? 0 : 2 * a.samples * a.channels);
+  T* table = a.sample_grads ? a.sample_grads : own_table.get();
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      norm_channels_range(a, k * block, std::min((k + 1) * block, a.channels), table.get());
+      norm_channels_range(a, k * block, std::min((k + 1) * block, a.channels), table);
     }
   });
   sum_over_samples(a.samples, 2 * a.samples * a.channels, 4 * a.channels, 0, total,
                    [&](int64_t first, int64_t last, T* own, T*) {
-                     add_samples_range(table.get(), a.channels, first, last,
-                                       outputs.in(own, a.channels), norms);
+                     add_samples_range(table, a.channels, first, last, outputs.in(own, a.channels),
+                                       norms);
                    });
 }
 
@@ -52,6 +53,7 @@ void by_samples_of_bfloat16(const NormBackward<float>& a, const Tensor& grad_out
                        bfloat16_to_float(x + i * size, size, wide.get() + size);
                        if (a.mean) one.mean = a.mean + i * each;
                        one.rstd = a.rstd + i * each;
+                       if (a.sample_grads) one.sample_grads = a.sample_grads + 2 * i * c;
                        norm_samples_range(one, 0, 1, outputs.in(own, c), norms + i, scratch);
                        float_to_bfloat16(one.grad_input, size, dx + i * size);
                      }
@@ -70,10 +72,10 @@ bool is_channels_last(const Tensor& t) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_cpu(
     const Tensor& grad_out_any, const Tensor& input_any, const std::optional<Tensor>& mean_any,
     const Tensor& rstd_any, const Tensor& scale_any, int64_t capacity, bool weight, bool bias,
-    bool coordinates) {
+    bool coordinates, bool samples_wanted) {
   bool fits = grad_out_any.dim() == 4 && input_any.dim() == 4;
   for (int64_t d = 0; fits && d < 4; ++d) fits = grad_out_any.size(d) == input_any.size(d);
   STD_TORCH_CHECK(fits, "norm_backward: expected grad_out and input of one shape [b, T, C, S]");
@@ -117,6 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_cpu(
   const Tensor result = direct ? grad_input : torch::stable::empty_like(input);
   const ScaleOutputs outputs(rstd, channels, weight, bias, coordinates);
   const Tensor probe = make_probe(rstd, capacity, samples);
+  const Tensor sample_grads = new_empty(rstd, {samples_wanted ? samples : 0, 2, channels});
   const auto typed = [&](auto zero) {
     using T = decltype(zero);
     const NormBackward<T> a = {const_data<T>(grad_out),
@@ -130,7 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_cpu(
                                inner,
                                groups,
                                channels_last,
-                               data<T>(result)};
+                               data<T>(result),
+                               samples_wanted ? data<T>(sample_grads) : nullptr};
     Scratch<T> total(4 * channels);
     std::vector<double> norms(samples, 0.0);
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -146,7 +150,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_cpu(
   };
   type == ScalarType::Double ? typed(0.0) : typed(0.0f);
   if (!direct) torch::stable::copy_(grad_input, result);
-  return {grad_input, outputs.grad[0], outputs.grad[1], probe, outputs.sums[0], outputs.sums[1]};
+  return {grad_input,      outputs.grad[0], outputs.grad[1], probe,
+          outputs.sums[0], outputs.sums[1], sample_grads};
 }
 
 }  // namespace adagrad_kernels

@@ -44,15 +44,21 @@ LayerGrads conv_weight_grad_cpu(const Tensor& grad_out, const Tensor& input,
                                 const std::vector<int64_t>& padding,
                                 const std::vector<int64_t>& dilation, int64_t groups,
                                 int64_t capacity, bool weight, bool bias, bool coordinates);
+std::tuple<Tensor, Tensor> conv_sample_grads_cpu(const Tensor& grad_out, const Tensor& input,
+                                                 const std::vector<int64_t>& kernel_size,
+                                                 const std::vector<int64_t>& stride,
+                                                 const std::vector<int64_t>& padding,
+                                                 const std::vector<int64_t>& dilation,
+                                                 int64_t groups, bool weight, bool bias);
 LayerGrads scale_weight_grad_cpu(const Tensor& grad_out, const Tensor& input,
                                  const std::optional<Tensor>& mean,
                                  const std::optional<Tensor>& rstd, int64_t capacity, bool weight,
                                  bool bias, bool coordinates);
-// grad_input, grad_weight, grad_bias, probe, weight_sums, bias_sums
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_cpu(
+// grad_input, grad_weight, grad_bias, probe, weight_sums, bias_sums, sample_grads
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_cpu(
     const Tensor& grad_out, const Tensor& input, const std::optional<Tensor>& mean,
     const Tensor& rstd, const Tensor& scale, int64_t capacity, bool weight, bool bias,
-    bool coordinates);
+    bool coordinates, bool samples);
 std::tuple<Tensor, Tensor, Tensor> embedding_weight_grad_cpu(const Tensor& grad_out,
                                                              const Tensor& indices,
                                                              int64_t num_embeddings,

@@ -150,4 +150,34 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
   }
 }
 
+// The gradients of the samples themselves: grads [samples, groups * lanes, members], rows of the
+// weight being lanes (convolution), and their sums over positions bias [samples, groups * lanes],
+// or null. Each is a batch of one sample, whose sum is not kept.
+template <class T>
+void run_sample_grads(const WeightGrad<T>& common, int64_t groups, int64_t samples, T* grads,
+                      T* bias) {
+  const int64_t lanes = common.lanes, width = common.panel_width, panels = ceil_div(lanes, width);
+  const int64_t rows = groups * lanes, positions = common.positions;
+  parallel_for(0, samples * groups, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(panels * positions * width + common.image() + 16), sums(panels * width);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task / groups, g = task % groups;
+      double norm = 0;
+      WeightGrad<T> a = common;
+      a.wide += i * a.wide_sample + g * lanes * a.wide_lane;
+      a.narrow += i * a.narrow_sample + g * a.channels * a.narrow_channel;
+      a.grad = grads + (i * rows + g * lanes) * a.members;
+      a.row = a.members;
+      a.lanes_outer = a.merged = true;
+      a.wide_sum = bias ? sums.get() : nullptr;
+      if (bias) std::fill(sums.get(), sums.get() + panels * width, T(0));
+      a.norms = &norm;
+      a.scratch = scratch.get();
+      a.chunk = 1;
+      weight_grad_range(a, 0, 1, 0, panels);
+      if (bias) std::copy(sums.get(), sums.get() + lanes, bias + i * rows + g * lanes);
+    }
+  });
+}
+
 }  // namespace adagrad_kernels

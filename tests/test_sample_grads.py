@@ -1,0 +1,168 @@
+"""Inner products where the samples' gradients are kept instead of the layers' operands."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from per_sample import per_sample
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import adagrad_kernels as ak
+
+
+def loss(y: Tensor) -> Tensor:
+    return y.flatten(1).square().sum(1).mean()
+
+
+def frozen(layer: nn.Module, name: str) -> nn.Module:
+    getattr(layer, name).requires_grad_(False)
+    return layer
+
+
+# name: (model, shape of a sample); pixels enough that c_i of convolutions are kept
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(3, 5, 4), (3, 200)),
+    "conv2d": (
+        lambda: nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.GroupNorm(1, 5)), (2, 12, 12),
+    ),
+    "conv3d": (lambda: nn.Conv3d(2, 3, (2, 3, 1)), (2, 6, 6, 9)),
+    "strides": (lambda: nn.Conv2d(3, 20, 3, (2, 1), (0, 2), (1, 2)), (3, 25, 18)),
+    "groups": (lambda: nn.Conv2d(6, 12, 3, groups=3, bias=False), (6, 14, 14)),
+    "other padding": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 12, 12)),
+    "frozen bias": (lambda: frozen(nn.Conv2d(2, 3, 3), "bias"), (2, 14, 14)),
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm([3, 6]), nn.LayerNorm(6)), (3, 4),
+    ),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 3), frozen(nn.BatchNorm1d(4), "bias")), (2, 150),
+    ),
+}  # fmt: skip
+
+
+def kept(observer: ak.observer.Observer) -> dict[str, bool]:
+    """By the layer's name whether c_i was kept, of the last micro-batch."""
+    return {
+        call.layer.observed_name: call.sample_grads is not None for call in observer._kept_calls[-1]
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_statistics(device: torch.device, name: str, dtype: torch.dtype) -> None:
+    build, shape = MODELS[name]
+    model = build().to(device, dtype)
+    observer = ak.observe(model, coordinates=True, inner_products=True)
+    x = torch.randn(17, *shape, device=device, dtype=dtype)
+    out = model(x)
+    (out * out.detach()).flatten(1).sum(1).mean().backward()
+    if device.type == "cpu":
+        chosen = kept(observer)
+        assert any(chosen.values())
+        for call in observer._kept_calls[-1]:
+            assert bool(call.saved) != chosen[call.layer.observed_name]
+    s = observer.statistics()
+    observer.detach()
+    if name == "batch norm":  # couples the samples: what they add to the gradient is measured
+        flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        torch.testing.assert_close(
+            s.inner_products.mean().float(), flat.double().square().sum().float(),
+            rtol=3e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6,
+        )  # fmt: skip
+        return
+    truth = per_sample(model, lambda y: (y * y.detach()).flatten(1).sum(1).mean(), x)
+    close = (
+        {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+    )
+    if dtype == torch.bfloat16:
+        close = {"rtol": 5e-2, "atol": 5e-2 * truth.inner_products.abs().max().item()}
+    found, norms = s.inner_products.double().cpu(), s.sample_norms_sq.double().cpu()
+    torch.testing.assert_close(found, truth.inner_products.cpu(), **close)
+    torch.testing.assert_close(norms, truth.norms_sq.cpu(), **close)
+    variance = torch.cat([v.flatten().double().cpu() for v in s.coordinate_variance.values()])
+    torch.testing.assert_close(variance, truth.coordinate_variance.cpu(), **close)
+
+
+class Uses(nn.Module):
+    """A convolution that is called once, twice, checkpointed, or tied to another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 2, 3, padding=1)
+        self.second = nn.Conv2d(2, 2, 3, padding=1)
+        self.how = how
+        if how == "tied":
+            self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "twice":
+            x = self.first(x).tanh()
+        if self.how == "checkpointed":
+            return self.second(checkpoint(self.first, x, use_reentrant=False).tanh())
+        return self.second(self.first(x).tanh())
+
+
+@pytest.mark.parametrize(
+    ("how", "first", "second"),
+    [
+        ("once", True, True),
+        ("twice", False, True),
+        ("tied", False, False),
+        ("checkpointed", True, True),
+    ],
+)
+def test_operands_are_kept_where_uses_must_be_joined(how: str, first: bool, second: bool) -> None:
+    model = Uses(how).double()
+    observer = ak.observe(model, inner_products=True)
+    x = torch.randn(16, 2, 12, 12).double().requires_grad_()
+    loss(model(x)).backward()
+    assert kept(observer) == {"first": first, "second": second}
+    s = observer.statistics()
+    observer.detach()
+    truth = per_sample(model, loss, x.detach())
+    torch.testing.assert_close(s.inner_products, truth.inner_products)
+    torch.testing.assert_close(s.sample_norms_sq, truth.norms_sq)
+
+
+@pytest.mark.parametrize("every", [True, "all"])
+def test_micro_batches(every: bool | str) -> None:
+    model = nn.Conv2d(2, 3, 3, padding=1).double()
+    observer = ak.observe(model, inner_products=every)
+    x = torch.randn(40, 2, 12, 12).double()
+    for part in x.split([20, 4, 16]):  # of 4 samples the operands are kept
+        (loss(model(part)) * len(part) / len(x)).backward()
+    s = observer.statistics()
+    observer.detach()
+    truth = per_sample(model, loss, x)
+    last = slice(None) if every == "all" else slice(24, None)
+    torch.testing.assert_close(s.inner_products, truth.inner_products[last])
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept_"),
+    [((16, 2, 12, 12), True), ((15, 2, 12, 12), False), ((16, 2, 10, 10), False)],
+)
+def test_few_samples_or_pixels_keep_the_operands(shape: tuple[int, ...], kept_: bool) -> None:
+    model = nn.Conv2d(2, 3, 3, padding=1)
+    observer = ak.observe(model, inner_products=True)
+    loss(model(torch.randn(shape))).backward()
+    assert kept(observer) == {"": kept_}
+
+
+def test_without_inner_products_nothing_is_kept() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3))
+    observer = ak.observe(model)
+    for _ in range(2):  # the first one is checked, from the operands
+        observer.reset()
+        model.zero_grad()
+        loss(model(torch.randn(16, 2, 14, 14))).backward()
+    assert observer._kept_calls == []
+
+
+def test_gradient_from_elsewhere_is_still_found() -> None:
+    model = nn.Conv2d(2, 3, 3)
+    observer = ak.observe(model, inner_products=True)
+    y = loss(model(torch.randn(16, 2, 14, 14))) + model.weight.square().sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="'weight' has a gradient that the calls of its layer"):
+        observer.statistics()
