@@ -30,7 +30,8 @@ their gradients are written and read, too. 16-bit operands are converted to floa
 
 Inner products take one more forward pass and 2·Y operations. Where c_i is smaller, of
 normalisations and on the CPU of convolutions with many pixels, it is kept instead: 2 operations for
-each of its b·W numbers, which are written once and read once, of convolutions twice.
+each of its b·W numbers, which are written once and read once, of convolutions twice. Linear layers
+of few samples with one position take 2·b²(O + I), if the batch is one micro-batch.
 
 Left out: the samples' norms themselves, cross terms of tied weights, all but the last call of a
 layer that is called several times, autocast, Python.
@@ -191,6 +192,9 @@ def product(
     if call.inner_products and call.keeps_sample_grads:
         flops += 2 * b * (weight + call.bias)
         moved += 3 * b * (weight + call.bias) * wide
+    elif call.inner_products and linear and positions == 1 and 2 * b * (rows + columns) <= weight:
+        flops += 2 * b * b * (rows + columns)
+        moved += (call.inputs + call.outputs) * wide
     elif call.inner_products:
         flops += one + 2 * call.outputs
         moved += (numbers + 2 * call.outputs) * wide

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import local, whole
+from .layers import ObservedLayer
 from .shards import in_layout
 from .shared import ObservedCall
 from .statistics import LazyCoordinates
@@ -50,12 +51,26 @@ def along(
     grads: Mapping[nn.Parameter, Tensor],
     dtype: torch.dtype,
     device: torch.device,
+    summed: Set[ObservedLayer] = frozenset(),
 ) -> Tensor:
-    """⟨c_i, grad⟩ of the samples of one micro-batch, [b], from the operands of its calls."""
+    """⟨c_i, grad⟩ of the samples of one micro-batch, [b], from what its calls have kept.
+
+    Args:
+        calls: of its backward pass.
+        grads: of the parameters.
+        dtype: to compute in.
+        device: of the result.
+        summed: layers of one call, whose gradients are the sum of its samples' c_i.
+    """
     total = torch.zeros(calls[0].samples, dtype=dtype, device=device)
     for call in calls:
         trainable = call.layer.trainable()
-        params = {k: whole(grads[p]).to(dtype) for k, p in trainable.items() if p in grads}
-        if params:
-            total = total + call.contract(params)
+        used = {k: grads[p] for k, p in trainable.items() if p in grads}
+        products = None
+        if call.layer in summed and all(grad.dtype == dtype for grad in used.values()):
+            products = call.layer.contract_sum(call.saved, used)
+        if products is None and used:
+            products = call.contract({k: whole(grad).to(dtype) for k, grad in used.items()})
+        if products is not None:
+            total = total + products
     return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -26,6 +27,7 @@ from .selfcheck import (
     unexplained,
 )
 from .shards import sums_over_ranks
+from .shared import ObservedCall
 from .statistics import GradientStatistics
 
 
@@ -385,6 +387,13 @@ class Observer(Recorder):
         torch._foreach_div_(sums, self.ranks.size**2)
         return dict(zip(found, sums, strict=True))
 
+    def _summed(self, calls: list[ObservedCall]) -> set[ObservedLayer]:
+        """The layers whose gradients are known to be the sum over the samples of one call."""
+        if len(self._micro_batches) > 1 or self.ranks.size > 1 or not self.is_as_noted:
+            return set()
+        number = Counter(call.layer for call in calls)
+        return {layer for layer, calls_ in number.items() if calls_ == 1} - self._tied
+
     def _inner_products(
         self, grads: dict[nn.Parameter, Tensor], n: int, gradient_scale: float
     ) -> Tensor | None:
@@ -393,7 +402,8 @@ class Observer(Recorder):
             return None
         with torch.no_grad():
             found = [
-                along(calls, grads, self._dtype, self.probe.device) for calls in self._kept_calls
+                along(calls, grads, self._dtype, self.probe.device, self._summed(calls))
+                for calls in self._kept_calls
             ]
         products = torch.cat(found)
         return self.ranks.gather(products * (n * gradient_scale**2 / self.ranks.size))

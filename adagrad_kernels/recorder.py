@@ -387,6 +387,12 @@ class Recorder:
                 self._micro_batches[k] = (probe, int(torch.count_nonzero(probe[1])))
         return [cast(int, n) for _, n in self._micro_batches]
 
+    @property
+    def is_as_noted(self) -> bool:
+        """Whether the gradients are what the last backward pass has left, as `check_unchanged`."""
+        grad = self._noted.grad() if self._noted is not None else None
+        return grad is not None and grad._version == self._noted.version  # type: ignore[union-attr]
+
     def check_unchanged(self) -> None:
         """Raises RuntimeError if the gradients have been written to since the backward pass.
 

@@ -1,4 +1,4 @@
-"""Inner products where the samples' gradients are kept instead of the layers' operands."""
+"""Inner products by other ways than the layers' response to the gradient: from c_i, or its sum."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adagrad_kernels as ak
+from adagrad_kernels.layers import linear
 
 
 def loss(y: Tensor) -> Tensor:
@@ -166,3 +167,90 @@ def test_gradient_from_elsewhere_is_still_found() -> None:
     y.backward()
     with pytest.raises(RuntimeError, match="'weight' has a gradient that the calls of its layer"):
         observer.statistics()
+
+
+@pytest.fixture
+def summed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each linear layer that was asked whether ⟨c_i, Σ_j c_j⟩ was taken."""
+    found: list[bool] = []
+    of = linear.linear_products
+
+    def watched(x: Tensor, grad_out: Tensor, grads: dict[str, Tensor]) -> Tensor | None:
+        products = of(x, grad_out, grads)
+        found.append(products is not None)
+        return products
+
+    monkeypatch.setattr(linear, "linear_products", watched)
+    return found
+
+
+def conv1d(inputs: int, outputs: int) -> nn.Module:
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(outputs, inputs)
+
+
+LINEAR: dict[str, Callable[[], nn.Module]] = {
+    "bias": lambda: nn.Linear(40, 30),
+    "no bias": lambda: nn.Linear(40, 30, bias=False),
+    "frozen bias": lambda: frozen(nn.Linear(40, 30), "bias"),
+    "frozen weight": lambda: frozen(nn.Linear(40, 30), "weight"),
+    "two": lambda: nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20)),
+    "Conv1D": lambda: conv1d(40, 30),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_layers_of_few_samples(
+    device: torch.device, summed: list[bool], name: str, dtype: torch.dtype
+) -> None:
+    model = LINEAR[name]().to(device, dtype)
+    observer = ak.observe(model, inner_products=True)
+    x = torch.randn(5, 40, device=device, dtype=dtype)
+    loss(model(x)).backward()
+    s = observer.statistics()
+    observer.detach()
+    rounded = dtype == torch.bfloat16  # is the gradient, which is not their sum then
+    number = 2 if name == "two" else 1
+    assert summed == ([] if rounded else [name != "frozen weight"] * number)
+    found, truth = s.inner_products.double().cpu(), per_sample(model, loss, x).inner_products.cpu()
+    if rounded:
+        close = {"rtol": 5e-2, "atol": 5e-2 * truth.abs().max().item()}
+    else:
+        close = {"rtol": 1e-10 if dtype == torch.float64 else 1e-4, "atol": 1e-9}
+    torch.testing.assert_close(found, truth, **close)
+
+
+def test_many_samples_or_positions_take_the_gradient(summed: list[bool]) -> None:
+    model = nn.Linear(40, 30).double()
+    observer = ak.observe(model, inner_products=True)
+    for shape in ((9, 40), (5, 2, 40)):  # 2 · 9 · 70 > 40 · 30
+        observer.reset()
+        model.zero_grad()
+        x = torch.randn(shape).double()
+        loss(model(x)).backward()
+        found = observer.statistics().inner_products
+        torch.testing.assert_close(found, per_sample(model, loss, x).inner_products)
+    assert summed == [False, False]
+    observer.detach()
+
+
+@pytest.mark.parametrize("how", ["accumulated", "tied", "twice", "scaled"])
+def test_gradients_that_are_no_sum_of_one_call(summed: list[bool], how: str) -> None:
+    model = nn.Sequential(nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 30)).double()
+    if how == "tied":
+        model[2].weight = model[0].weight
+    observer = ak.observe(model, inner_products=True)
+    x = torch.randn(8, 30).double()
+    run = nn.Sequential(*model, *model) if how == "twice" else model
+    for part in x.split(4) if how == "accumulated" else [x]:
+        (loss(run(part)) * len(part) / len(x)).backward()
+    if how == "scaled":  # as a GradScaler does
+        for p in model.parameters():
+            p.grad.div_(2.0)
+        observer.accept_changes()
+    s = observer.statistics()
+    assert summed == []
+    truth = per_sample(nn.Sequential(*model, *model) if how == "twice" else model, loss, x)
+    expected = truth.inner_products[4:] if how == "accumulated" else truth.inner_products
+    torch.testing.assert_close(s.inner_products, expected / 2 if how == "scaled" else expected)
+    observer.detach()

@@ -438,6 +438,15 @@ class ObservedLayer:
             [contracted(*p) for p in zip(*(t.chunk(pieces) for t in saved), strict=True)]
         )
 
+    def contract_sum(self, saved: tuple[Tensor, ...], grads: Mapping[str, Tensor]) -> Tensor | None:
+        """⟨c_i, Σ_j c_j⟩ over the samples of a call, [b], or None if `contract` is as cheap.
+
+        Args:
+            saved: the call's operands.
+            grads: Σ_j c_j, by the parameter's name.
+        """
+        return None
+
     def sample_grads(
         self, call: functional.Call, saved: tuple[Tensor, ...], names: list[str]
     ) -> dict[str, Tensor]:

@@ -50,6 +50,11 @@ class ObservedLinear(ObservedLayer, nn.Linear):
         (x,) = operands
         return linear_response(x, params.get("weight"), params.get("bias"))
 
+    def contract_sum(self, saved: tuple[Tensor, ...], grads: Mapping[str, Tensor]) -> Tensor | None:
+        """See `ObservedLayer`."""
+        x, grad_out = saved
+        return linear_products(x, grad_out, grads)
+
 
 def linear_response(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias where either may be missing; with `product` unless it is to be differentiated."""
@@ -68,6 +73,23 @@ def linear_sample_grads(x: Tensor, grad_out: Tensor, of_bias: bool) -> Tensor:
     if of_bias:
         return grad.sum(1)
     return grad.mT @ x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def linear_products(x: Tensor, grad_out: Tensor, grads: Mapping[str, Tensor]) -> Tensor | None:
+    """Σ_j ⟨g_i, g_j⟩ (⟨x_i, x_j⟩ + 1), which is ⟨c_i, Σ_j c_j⟩ for samples of one position.
+
+    Without a bias there is no 1. That is 2·b²(O + I) operations and no reading of the gradient,
+    whose product with x is 2·b·O·I: not for many samples, not for many positions.
+    """
+    if (
+        x.dim() > 2
+        or "weight" not in grads
+        or 2 * len(x) * sum(grads["weight"].shape) > (grads["weight"].numel())
+    ):
+        return None
+    x, grad_out = (t.to(grads["weight"].dtype) for t in (x, grad_out))
+    inputs = x @ x.mT
+    return ((grad_out @ grad_out.mT) * (inputs + 1 if "bias" in grads else inputs)).sum(1)
 
 
 class ObservedConv1D(ObservedLayer, nn.Module):
@@ -107,3 +129,8 @@ class ObservedConv1D(ObservedLayer, nn.Module):
         (x,) = operands
         weight = params.get("weight")
         return linear_response(x, None if weight is None else weight.t(), params.get("bias"))
+
+    def contract_sum(self, saved: tuple[Tensor, ...], grads: Mapping[str, Tensor]) -> Tensor | None:
+        """See `ObservedLayer`."""
+        x, grad_out = saved
+        return linear_products(x, grad_out, grads)
