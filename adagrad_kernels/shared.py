@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import ops
 from .functional import Call
 from .layers import ObservedLayer
-from .layers.base import Form
+from .layers.contributions import Form
 
 _PIECE = 1 << 24  # elements of per-sample gradients held at a time
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .base import Form, unwatched
+from .base import unwatched
+from .contributions import Form
 from .linear import linear_sample_grads
 from .products import Products
 

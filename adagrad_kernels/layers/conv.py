@@ -11,7 +11,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .. import functional
 from ..functional.conv import conv_statistics
-from .base import Form, ObservedLayer, unrounded, unwatched
+from .base import ObservedLayer, unwatched
+from .contributions import Form, unrounded
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}

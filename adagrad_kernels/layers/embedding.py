@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .base import Form, ObservedLayer, unwatched
+from .base import ObservedLayer, unwatched
+from .contributions import Form
 from .shared_sources import Once
 from .shared_values import SharedValues
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..functional._product import product
-from .base import Form, ObservedLayer, unrounded, unwatched
+from .base import ObservedLayer, unwatched
+from .contributions import Form, unrounded
 
 
 class ObservedLinear(ObservedLayer, nn.Linear):

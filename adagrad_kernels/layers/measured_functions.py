@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from .base import Form, ObservedLayer
+from .base import ObservedLayer
+from .contributions import Form
 from .embedding import embedding_response, measure_tokens
 from .linear import linear_response
 from .normalisation import affine_response

@@ -13,7 +13,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import functional
 from ..functional._affine import by_channel
-from .base import ObservedLayer, unrounded, unwatched
+from .base import ObservedLayer, unwatched
+from .contributions import unrounded
 
 
 class _Affine(ObservedLayer):

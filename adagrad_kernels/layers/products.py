@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import functional
-from .base import Form, ObservedLayer
+from .base import ObservedLayer
+from .contributions import Form
 from .linear import linear_response, linear_sample_grads
 
 
