@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adagrad_kernels as ak
-from adagrad_kernels.layers import ObservedLinear, base
+from adagrad_kernels.layers import ObservedLinear, contributions
 
 # torch's own convolution says so of even kernels; the observed one pads without saying it.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -487,6 +487,6 @@ def test_inner_products_in_pieces(monkeypatch: pytest.MonkeyPatch, kind: str) ->
     train_on(model, cross_entropy, *batch)
     observer.check()  # which contracts as well
     monkeypatch.setattr(ObservedLinear, "respond", counting)
-    monkeypatch.setattr(base, "_PIECE", 20)
+    monkeypatch.setattr(contributions, "_PIECE", 20)
     assert_statistics(observer.statistics(), model, cross_entropy, *batch)
     assert 1 <= min(rows) <= max(rows) < 7
