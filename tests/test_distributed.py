@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,70 +11,33 @@ from typing import Any
 import distributed_scenarios as scenarios
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from distributed_processes import run, torchrun
-from per_sample import PerSample, per_sample
+from distributed_results import (
+    CLOSE,
+    Results,
+    assert_clips,
+    assert_coordinates,
+    assert_same_training,
+    assert_statistics,
+    assert_workers,
+    truth_of,
+)
+from distributed_training import CLIP, KINDS, MICRO_BATCHES, train_alone
 from tolerance import assert_close_to_truth
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard
 from torch.utils.data import TensorDataset
-from training import network, weights
+from training import dataset, network, weights
 
 import adagrad_kernels as ak
 from adagrad_kernels.cli import main
-from adagrad_kernels.distributed import Ranks, check_same_gradient
+from adagrad_kernels.distributed import check_same_gradient
 from adagrad_kernels.experiments import data, models
-
-CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # float64; sums in another order, over hundreds of steps
-
-Results = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return run(scenarios.data_parallel, 2, tmp_path_factory.mktemp("ddp"))
-
-
-@pytest.fixture(scope="module")
-def fsdp(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run(scenarios.sharded, 2, tmp_path_factory.mktemp("fsdp"))
-
-
-def assert_statistics(found: dict[str, Any], truth: PerSample) -> None:
-    """What every rank must know of the whole batch."""
-    assert found["batch_size"] == len(truth.g)
-    torch.testing.assert_close(found["grad_norm_sq"], truth.mean_norm_sq, **CLOSE)
-    torch.testing.assert_close(found["variance_trace"], truth.variance_trace, **CLOSE)
-    noise = truth.variance_trace / (truth.mean_norm_sq - truth.variance_trace / len(truth.g))
-    if noise > 0:
-        torch.testing.assert_close(found["noise_scale"], noise, **CLOSE)
-
-
-def truth_of(samples: int, model: nn.Module | None = None) -> PerSample:
-    x, y = scenarios.batch(samples)
-    return per_sample(model or network(), F.mse_loss, x, y)
-
-
-def assert_coordinates(found: dict[str, Any], truth: PerSample, prefix: str = "") -> None:
-    for key, values in (("variance", truth.coordinate_variance), ("mean", truth.mean)):
-        expected = {prefix + k: v for k, v in truth.by_parameter(values).items()}
-        torch.testing.assert_close(found[f"coordinate_{key}"], expected, **CLOSE)
-
-
-def assert_same_training(
-    several: list[dict[str, Any]], one: dict[str, Any], grows: bool = True
-) -> None:
-    assert (len(set(one["sizes"])) > 2) == grows, "the problem is too easy: nothing grew"
-    for found in several:
-        assert found["sizes"] == one["sizes"]
-        assert found["samples"] == one["samples"] == sum(one["sizes"])
-        for key in ("ratios", "norms", "losses"):
-            assert found[key] == pytest.approx(one[key], rel=1e-8), key
-        torch.testing.assert_close(found["weights"], one["weights"], **CLOSE)
-        for key in ("sizes", "ratios", "norms", "losses"):  # the same bits on all ranks
-            assert found[key] == several[0][key]
-        assert torch.equal(found["weights"], several[0]["weights"])
 
 
 @pytest.mark.parametrize("kind", ["one backward", "compiled"])
@@ -96,7 +58,7 @@ def test_statistics_of_one_backward_pass(ddp: Results, kind: str) -> None:
 
 def test_statistics_of_micro_batches_that_are_averaged_one_by_one(ddp: Results) -> None:
     truth = truth_of(24)
-    norms = truth.norms_sq.view(scenarios.MICRO_BATCHES, 2, 4)  # micro-batch, rank, sample
+    norms = truth.norms_sq.view(MICRO_BATCHES, 2, 4)  # micro-batch, rank, sample
     for rank, result in enumerate(ddp):
         found = result["micro-batches"]
         assert_statistics(found, truth)
@@ -104,25 +66,15 @@ def test_statistics_of_micro_batches_that_are_averaged_one_by_one(ddp: Results) 
         torch.testing.assert_close(found["sample_norms_sq"], norms[:, rank].flatten(), **CLOSE)
 
 
-def assert_workers(several: list[dict[str, Any]], model: nn.Module) -> None:
-    truth = truth_of(24, model)
-    means = truth.g.view(2 * scenarios.MICRO_BATCHES, 4, -1).mean(1)
-    for found in several:
-        assert found["workers"] == len(means)
-        assert found["batch_size"] == 24
-        torch.testing.assert_close(found["grad_norm_sq"], truth.mean_norm_sq, **CLOSE)
-        torch.testing.assert_close(found["variance_trace"], 4 * means.var(0).sum(), **CLOSE)
-
-
 def test_variance_between_workers(ddp: Results) -> None:
     assert_workers([result["workers"] for result in ddp], network())
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped given", "module given"])
-@pytest.mark.parametrize("kind", scenarios.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_data_parallel_training(ddp: Results, kind: str, wrapped: bool) -> None:
     found = [result["training"][kind, wrapped] for result in ddp]
-    one = scenarios.train_alone(kind, network(), world=2)
+    one = train_alone(kind, network(), world=2)
     assert_same_training(found, one)
     micro_batches = sum(-(-size // 16) for size in one["sizes"])
     assert len(one["sizes"]) < micro_batches, "nothing was accumulated"
@@ -150,21 +102,14 @@ def test_data_parallel_training(ddp: Results, kind: str, wrapped: bool) -> None:
 def test_data_parallel_training_with_other_tests(
     ddp: Results, name: str, kind: str, criterion: Any, grows: bool
 ) -> None:
-    one = scenarios.train_alone(kind, network(), 2, criterion)
+    one = train_alone(kind, network(), 2, criterion)
     assert_same_training([result[name] for result in ddp], one, grows)
 
 
-def assert_clips(one: dict[str, Any]) -> None:
-    """At some steps, not at all."""
-    clipped = [norm_sq > scenarios.CLIP**2 for norm_sq in one["norms"]]
-    assert any(clipped)
-    assert not all(clipped)
-
-
-@pytest.mark.parametrize("kind", scenarios.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_clipped_training(ddp: Results, kind: str) -> None:
     """By the norm of the global gradient; the tests see it as it is."""
-    one = scenarios.train_alone(kind, network(), world=2, max_grad_norm=scenarios.CLIP)
+    one = train_alone(kind, network(), world=2, max_grad_norm=CLIP)
     assert_clips(one)
     assert_same_training([result["clipped"][kind] for result in ddp], one)
 
@@ -211,7 +156,7 @@ def local_steps_by_hand(world: int) -> dict[str, Any]:
     steppers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
     controllers = [ak.BatchSizeController(4, 120) for _ in nets]
     loaders = [
-        ak.AdaptiveDataLoader(scenarios.dataset(), c, 8, seed=7, rank=rank, world_size=world)
+        ak.AdaptiveDataLoader(dataset(), c, 8, seed=7, rank=rank, world_size=world)
         for rank, c in enumerate(controllers)
     ]
     sizes: list[int] = []
@@ -288,152 +233,6 @@ def test_mistakes_are_errors_on_every_rank(ddp: Results, mistake: str, message: 
         assert message in result[mistake]
 
 
-@pytest.mark.parametrize("first", scenarios.ORDERS)
-def test_statistics_of_sharded_parameters(fsdp: Results, first: str) -> None:
-    truth = truth_of(12, scenarios.uneven())
-    for rank, result in enumerate(fsdp):
-        found = result["statistics"][first]
-        assert_statistics(found, truth)
-        norms = truth.norms_sq[6 * rank : 6 * rank + 6]
-        torch.testing.assert_close(found["sample_norms_sq"], norms, **CLOSE)
-        torch.testing.assert_close(found["inner_products"], truth.inner_products, **CLOSE)
-        assert found["names"] == [name for name, _ in scenarios.uneven().named_parameters()]
-        assert found["layers are sharded still"]
-        assert found["layers are plain again"]
-
-
-def alone(kind: str, criterion: Any = None, world: int = 2, **options: Any) -> dict[str, Any]:
-    """What training with sharded parameters must be like."""
-    samples = scenarios.SHARDED_SAMPLES
-    return scenarios.train_alone(kind, scenarios.uneven(), world, criterion, samples, **options)
-
-
-def assert_same_sharded_training(several: list[dict[str, Any]], one: dict[str, Any]) -> None:
-    assert_same_training(several, one)
-    for found in several:
-        assert (found["accumulator"] is None) == (one["accumulator"] is None)
-        if one["accumulator"] is not None:
-            torch.testing.assert_close(found["accumulator"], one["accumulator"], **CLOSE)
-            assert torch.equal(found["accumulator"], several[0]["accumulator"])
-
-
-@pytest.mark.parametrize("kind", scenarios.KINDS)
-def test_sharded_training(fsdp: Results, kind: str) -> None:
-    one = alone(kind)
-    assert_same_sharded_training([result["training"][kind] for result in fsdp], one)
-
-
-@pytest.mark.parametrize("kind", scenarios.KINDS[:2])
-def test_training_with_copies_of_shards(fsdp: Results, kind: str) -> None:
-    one = alone(kind)
-    assert_same_sharded_training([result["copies"][kind] for result in fsdp], one)
-
-
-def test_sharded_training_by_inner_products(fsdp: Results) -> None:
-    one = alone("AdAdaGrad", ak.InnerProductTest(0.3))
-    assert_same_sharded_training([result["inner products"] for result in fsdp], one)
-
-
-@pytest.mark.parametrize("kind", scenarios.KINDS)
-def test_clipped_training_with_shards(fsdp: Results, kind: str) -> None:
-    one = alone(kind, max_grad_norm=scenarios.CLIP)
-    assert_clips(one)
-    assert_same_sharded_training([result["clipped"][kind] for result in fsdp], one)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [(name, kind) for name, (kinds, _) in scenarios.COORDINATES.items() for kind in kinds],
-)
-def test_sharded_training_by_coordinates(fsdp: Results, name: str, kind: str) -> None:
-    one = alone(kind, scenarios.COORDINATES[name][1]())
-    assert_same_sharded_training([result["coordinates"][name, kind] for result in fsdp], one)
-
-
-def test_training_by_coordinates_with_copies_of_shards(fsdp: Results) -> None:
-    one = alone("AdAdaGrad", scenarios.COORDINATES["quantile"][1]())
-    assert_same_sharded_training([result["coordinates of copies"] for result in fsdp], one)
-
-
-@pytest.mark.parametrize(("name", "make"), [("uneven", scenarios.uneven), ("tied", scenarios.Tied)])
-def test_coordinates_of_sharded_parameters(
-    fsdp: Results, name: str, make: Callable[[], nn.Module]
-) -> None:
-    for result in fsdp:
-        found, truth = result["by coordinate"][name], truth_of(12, make())
-        assert_statistics(found, truth)
-        assert_coordinates(found, truth)
-        # One buffer of coordinates, one of numbers.
-        assert sorted(found["collectives"].values()) == [1, 1]
-        assert any("reduce_scatter" in op for op in found["collectives"])
-
-
-@pytest.mark.parametrize("every", [True, False], ids=["every micro-batch", "the last"])
-def test_when_the_gradients_of_shards_are_averaged(fsdp: Results, every: bool) -> None:
-    """`set_requires_gradient_sync(False)` in all micro-batches but the last changes nothing."""
-    assert_workers([result["batch"]["workers", every] for result in fsdp], scenarios.uneven())
-    for result in fsdp:
-        assert_statistics(result["batch"]["norm", every], truth_of(24, scenarios.uneven()))
-
-
-def test_worker_training_with_shards(fsdp: Results) -> None:
-    (one, *_) = [result["the same, not sharded"] for result in fsdp]
-    assert_same_sharded_training([result["worker training"] for result in fsdp], one)
-
-
-@pytest.mark.parametrize("name", scenarios.STATES)
-def test_state_of_sharded_accumulators(fsdp: Results, name: str) -> None:
-    """Straight on, from a state_dict, and from a distributed checkpoint."""
-    for result in fsdp:
-        found = result["states"][name]
-        straight, resumed, loaded = found["weights"]
-        assert torch.equal(resumed, straight)
-        assert torch.equal(loaded, straight)
-        assert found["sizes"][1] == found["sizes"][2] == found["sizes"][0]
-        assert found["sizes"][0][-1] > 4
-
-
-@pytest.mark.parametrize("name", scenarios.STATES)
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or")
-def test_one_process_goes_on_from_the_checkpoint_of_two(
-    fsdp: Results, name: str, tmp_path: Path
-) -> None:
-    saved = fsdp[0]["states"][name]
-    for file, content in saved["files"].items():
-        (tmp_path / file).write_bytes(content)
-    model = scenarios.uneven()
-    opt = scenarios.optimizer("AdAdaGrad", model, criterion=scenarios.STATES[name](), multiple_of=2)
-    dcp.load({"model": model, "optimizer": opt}, checkpoint_id=tmp_path)
-    record = scenarios.train(model, opt, micro=16, samples=200)
-    assert record["sizes"] == saved["sizes"][0]
-    torch.testing.assert_close(weights(model), saved["weights"][0], **CLOSE)
-
-
-def test_one_process_of_its_own_group(tmp_path: Path) -> None:
-    (result,) = run(scenarios.single, 1, tmp_path)
-    one = scenarios.train_alone("AdAdaGrad", network(), world=1)
-    for views in (False, True):
-        assert_same_training([result[views]], one)
-    assert_same_sharded_training([result["sharded"]], alone("AdAdaGrad", None, world=1))
-
-
-@pytest.mark.slow
-def test_four_processes(tmp_path: Path) -> None:
-    results = run(scenarios.four, 4, tmp_path)
-    one = scenarios.train_alone("AdAdaGrad", network(), world=4)
-    assert_same_training([result["copies"] for result in results], one)
-    quantile = scenarios.COORDINATES["quantile"][1]
-    for name, kind, criterion in [
-        ("shards", "AdAdaGrad", quantile()),
-        ("both", "AdAdaGradNorm", None),
-        ("both, coordinates", "AdAdaGrad", quantile()),
-    ]:
-        one = alone(kind, criterion, world=4)
-        assert_same_sharded_training([result[name] for result in results], one)
-    for result in results:
-        assert "shard them over one dimension of their mesh" in result["sharded twice"]
-
-
 # The command line
 
 
@@ -504,113 +303,6 @@ def test_command_line_errors_are_said_once(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("lr must be a positive number, got 0") == 1
     assert not list(tmp_path.iterdir())
-
-
-# The loader: each part of a test is one process
-
-
-def parts(world: int, state: dict[str, Any] | None = None, **options: Any) -> list[Any]:
-    """Loaders and controllers of all ranks."""
-    found = []
-    for rank in range(world):
-        controller = ak.BatchSizeController(6, 60)
-        loader = ak.AdaptiveDataLoader(
-            TensorDataset(torch.arange(50)), controller, 8, seed=3, rank=rank, world_size=world,
-            **options,
-        )  # fmt: skip
-        if state is not None:
-            loader.load_state_dict(state)
-        found.append((loader, controller))
-    return found
-
-
-def serve(loader: Any, controller: Any, number: int) -> list[list[int]]:
-    """So many micro-batches, while every finished batch asks for a larger one."""
-    served: list[list[int]] = []
-    left = controller.micro_batches()[1]
-    while True:
-        for (indices,) in loader:
-            served.append(indices.tolist())
-            left -= 1
-            if not left:
-                controller.advance(ak.Decision(False, controller.batch_size + 5, 2.0))
-                left = controller.micro_batches()[1]
-            if len(served) == number:
-                return served
-
-
-def stream(length: int) -> list[int]:
-    """The samples in order, as one process gets them."""
-    ((loader, controller),) = parts(1)
-    return [i for micro in serve(loader, controller, length) for i in micro][:length]
-
-
-@pytest.mark.parametrize(("world", "num_workers"), [(2, 0), (3, 0), (5, 0), (2, 1)])
-def test_ranks_share_the_samples_in_order(world: int, num_workers: int) -> None:
-    served = [serve(*part, 12) for part in parts(world, num_workers=num_workers)]
-    together: list[int] = []
-    for micro_batches in zip(*served, strict=True):
-        assert len({len(micro) for micro in micro_batches}) == 1, "ranks got unequal parts"
-        assert 1 <= len(micro_batches[0]) <= 8
-        together += [i for micro in micro_batches for i in micro]
-    assert together == stream(len(together))
-
-
-@pytest.mark.parametrize("world", [2, 3, 4, 7])
-def test_batches_divide_among_ranks(world: int) -> None:
-    loader, controller = parts(world)[0]
-    for _ in range(40):
-        size, count = controller.micro_batches()
-        assert size * count == controller.batch_size <= 60
-        assert size % world == 0
-        assert size // world <= 8
-        controller.advance(ak.Decision(False, controller.batch_size + 1, 2.0))
-    assert controller.batch_size == 60 - 60 % world
-    assert len(loader) == -(-50 // controller.batch_size) * controller.micro_batches()[1]
-
-
-def test_resumed_with_another_number_of_ranks(caplog: pytest.LogCaptureFixture) -> None:
-    first = parts(2)
-    served = [serve(*part, 5) for part in first]
-    together = [i for micro in zip(*served, strict=True) for one in micro for i in one]
-    state = first[0][0].state_dict()
-    assert state == first[1][0].state_dict()
-    together = together[: state["samples"]]
-    assert "another number" not in caplog.text
-    served = [serve(*part, 5) for part in parts(3, state)]
-    assert "another number of processes, 3 instead of 2" in caplog.text
-    together += [i for micro in zip(*served, strict=True) for one in micro for i in one]
-    assert together == stream(len(together))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0}, "give rank and world_size together"),
-        ({"world_size": 2}, "give rank and world_size together"),
-        ({"rank": 2, "world_size": 2}, r"rank must lie in \[0, world_size\), got 2 of 2"),
-        ({"rank": -1, "world_size": 2}, "got -1 of 2"),
-        ({"rank": 0, "world_size": 16}, r"max_batch_size \(8\) is smaller than one sample for"),
-    ],
-)
-def test_parts_that_do_not_exist(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ak.AdaptiveDataLoader(
-            TensorDataset(torch.arange(50)), ak.BatchSizeController(8, 8), **options
-        )
-
-
-class Eight(Ranks):
-    size = 8  # type: ignore[assignment]
-
-
-def test_copies_of_shards_beyond_their_mesh() -> None:
-    """Two replicas of two shards each are four of the eight ranks; the others hold the same."""
-    sizes = {None: 4, 0: 2, 1: 2}
-    mesh = SimpleNamespace(size=lambda dimension=None: sizes[dimension])
-    sharded: Any = SimpleNamespace(device_mesh=mesh, placements=[Replicate(), Shard(0)])
-    assert Eight().copies(sharded) == 4
-    assert Eight().copies(torch.zeros(1)) == 8
 
 
 def test_gradients_that_differ_a_little_are_not_the_same() -> None:
