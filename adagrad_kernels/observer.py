@@ -24,7 +24,6 @@ from .selfcheck import (
     check_calls,
     parameter_name,
     parameters_with_grad,
-    unexplained,
 )
 from .shards import sums_over_ranks
 from .shared import ObservedCall
@@ -212,9 +211,9 @@ class Observer(Recorder):
     def _checked(self) -> dict[str, nn.Parameter]:
         """`check`; returns `_layers_with_grad`."""
         if self._to_explain is not None:
-            calls, sum_norms_sq = self._to_explain
+            first, sum_norms_sq = self._to_explain
             self._to_explain = None
-            if fault := unexplained(calls, self._names, sum_norms_sq, self.ranks):
+            if fault := first.fault(sum_norms_sq, self.ranks):
                 self._faults.append(fault)
         if self._faults:
             raise RuntimeError(self._faults[0])

@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, ParamSpec, TypeVar, cast
+from collections.abc import Mapping
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import backward_rows, faults
 from .distributed import Ranks, uses_processes
+from .eager import outside_graphs
 from .functional import Call
 from .layers import ObservedLayer
 from .layers.base import Updater
 from .layers.shared_values import SharedValues
-from .selfcheck import parameters_with_grad, unexplained
+from .selfcheck import Explanation, parameters_with_grad
 from .shared import ObservedCall, cross_terms, repeated_uses
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorates what a compiled function runs in eager mode: decisions and transfers.
-
-    `torch.compiler.disable`, without importing the compiler, seconds, where nothing else has.
-    """
-    disabled = torch._disable_dynamo(function)
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        return (disabled if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
-
-    return run
 
 
 class Noted(NamedTuple):
@@ -91,9 +74,9 @@ class Recorder:
         self._forward_calls: Counter[int] = Counter()  # eager ones by key, since the last backward
         self._pending: Counter[int] = Counter()  # those whose backward pass is still to come
         self._calls: list[ObservedCall] = []
-        self._unexplained = True
+        self._first: Explanation | None = Explanation(names)  # until the first pass is over
         self._again = False  # whether a parameter is used more than once, in the present pass
-        self._to_explain: tuple[list[ObservedCall], Tensor] | None = None
+        self._to_explain: tuple[Explanation, Tensor] | None = None
         self._had_grads = False
         self.updater: Updater | None = None
         self.shared_values: SharedValues | None = None  # of a forward pass that is watched
@@ -159,7 +142,7 @@ class Recorder:
         if torch._C._current_graph_task_id() == -1:  # a checkpoint's second forward is no new call
             self._forward_calls[call.key] += 1
             self._pending[call.key] += 1
-            if self._unexplained:
+            if self._first is not None:
                 self._had_grads |= any(p.grad is not None for p in self._names)
         elif not self._pending[call.key]:  # of a reentrant checkpoint, whose first had no graph
             self._pending[call.key] = 1
@@ -188,18 +171,28 @@ class Recorder:
         task = torch._C._current_graph_task_id()
         if task != self._task:  # what is left is of a pass without the probe: autograd.grad's
             self._task, self._calls = task, []
+            self._begin_again()
             self._suspicion = self._gradient_fault(in_time=True)
         if self.updater is not None:
             self.updater.on_backward(saved[0].shape[0])
         # By a compiled graph, or a reentrant checkpoint.
-        if self._unexplained and not self._forward_calls[call.key]:
+        if self._first is not None and not self._forward_calls[call.key]:
             self._had_grads |= any(p.grad is not None for p in self._names)
-        needed = self.inner_products or self._unexplained
         again = layer.used_again(self._forward_calls)
         self._again |= again
-        needed = needed or layer in self._tied or again
-        kept = tuple(t.detach() for t in saved) if needed and sample_grads is None else ()
-        self._calls.append(ObservedCall(layer, call, saved[0].shape[0], kept, sample_grads))
+        kept = () if sample_grads is not None else tuple(t.detach() for t in saved)
+        observed = ObservedCall(layer, call, saved[0].shape[0], kept, sample_grads)
+        if self._first is not None and not self._had_grads:
+            self._first.add(observed)
+        if not (self.inner_products or layer in self._tied or again):
+            observed = observed._replace(saved=())
+        self._calls.append(observed)
+
+    def _begin_again(self) -> None:
+        """The first backward pass, if there has been none that was complete."""
+        if self._first is not None:
+            self._first.end()
+            self._first = Explanation(self._names)
 
     def wants_sample_grads(self, layer: ObservedLayer, call: Call) -> bool:
         """Whether c_i of this call would do instead of its operands: for inner products alone."""
@@ -248,12 +241,11 @@ class Recorder:
             self._faults.append(fault)
         if calls:
             rows = calls[0].samples
-            self._to_explain = None  # the gradients are no longer those of one pass
             names = {call.layer.observed_name for call in calls}
             self._settle(calls)
             if self._last_seen and not names & self._last_seen:
                 self._faults.append(faults.disjoint(self._last_seen, names))
-            own = probe.grad[0].sum() if self._unexplained else None
+            own = probe.grad[0].sum() if self._first is not None else None
             if rows == 0:
                 self._faults.append(faults.EMPTY)
             if any(call.samples != rows for call in calls):
@@ -269,10 +261,12 @@ class Recorder:
             self._last_seen = names
             if self.inner_products:
                 self._kept_calls = [*(self._kept_calls if self._keeps_all else ()), calls]
-            if self._unexplained:
-                self._unexplained = False
+            if self._first is not None:
                 if own is not None and not self._had_grads and not self._faults:
-                    self._explain_when_complete(calls, own)
+                    self._explain_when_complete(self._first, own)
+                else:
+                    self._first.end()
+                self._first = None
             self._calls, self._again = [], False
             self._forward_calls.clear()
             if self._passes:
@@ -341,19 +335,15 @@ class Recorder:
             return ""
         return faults.NOT_ZEROED if kept else faults.CLEARED
 
-    def _explain_when_complete(self, calls: list[ObservedCall], sum_norms_sq: Tensor) -> None:
-        """Has the first backward pass checked when all gradients are complete.
-
-        That is at its end, or where ranks average their gradients, when all of them `check`.
-        """
-        if self.ranks.size > 1:
-            self._to_explain = calls, sum_norms_sq
-            return
+    def _explain_when_complete(self, first: Explanation, sum_norms_sq: Tensor) -> None:
+        """Has the first backward pass checked at its end; with several ranks when all `check`."""
 
         @outside_graphs
         def explain() -> None:
-            fault = unexplained(calls, self._names, sum_norms_sq, self.ranks)
-            if fault:
+            first.end()
+            if self.ranks.size > 1:
+                self._to_explain = first, sum_norms_sq
+            elif fault := first.fault(sum_norms_sq, self.ranks):
                 self._faults.append(fault)
 
         torch.autograd.Variable._execution_engine.queue_callback(explain)
@@ -411,6 +401,7 @@ class Recorder:
         self._calls, self._again = [], False
         self._forward_calls.clear()
         self._to_explain = None
+        self._begin_again()
         self._forget()
         for probe in self._coordinate_probes.values():
             probe.grad = None

@@ -4,20 +4,22 @@ and a necessary condition at every step.
 A parameter that is also used outside its layer's forward (`F.linear(x, embedding.weight)`, a
 penalty on the weights) gets gradient that no layer measures, and statistics would silently be
 wrong. With G = p.grad and the contributions c_i that the layers measured,
-Σ_i ⟨c_i, G⟩ = ‖G‖² holds exactly when they are all of it. On several ranks both sides are summed
-over them: the sums agree before G was averaged and after it.
+Σ_i ⟨c_i, G⟩ = ‖G‖² holds exactly when they are all of it. On several ranks both sides, of the
+gradients before they are averaged, are summed over them, so that all come to the same conclusion.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import faults
 from .distributed import Ranks, is_sharded
+from .eager import outside_graphs
 from .shared import ObservedCall
 
 # Relative rounding allowed in ‖G‖² and, since a mean gradient is small against its samples',
@@ -33,54 +35,83 @@ _LEAST = 1e-18
 """Of gradients whose elements are smaller nothing is said: their squares vanish in float32."""
 
 
-@torch.no_grad()
-def unexplained(
-    calls: list[ObservedCall],
-    names: dict[nn.Parameter, str],
-    sum_norms_sq: Tensor,
-    ranks: Ranks,
-) -> str:
-    """What is wrong with the first parameter whose gradient the calls do not explain, or "".
+class Explanation:
+    """Compares each gradient of one backward pass with its calls, as soon as it is complete.
+
+    So operands are kept no longer than until the gradients of their layer are there: all of them
+    until the end would be the activations once more, and their gradients.
 
     Args:
-        calls: all calls of one backward pass, with their operands.
-        names: the parameters' names.
-        sum_norms_sq: Σ_i ‖c_i‖² over all parameters.
-        ranks: all of them must call this. Sharded gradients are not checked.
+        names: the parameters' names. Sharded ones, others during the pass, are not compared.
     """
-    dtypes = [t.dtype for call in calls for t in call.saved if t.is_floating_point()]
-    dtypes += [p.dtype for call in calls if call.sample_grads for p in call.parameters()]
-    if not dtypes:
-        return ""
-    relative, of_noise = _ALLOWED[max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)]
-    explained: dict[nn.Parameter, Tensor] = {}
-    for call in calls:
+
+    def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
+        self._names = names
+        self._calls: dict[nn.Parameter, list[tuple[ObservedCall, str]]] = {}
+        self._hooks: dict[nn.Parameter, Any] = {}
+        self._found: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
+        self._dtypes: set[torch.dtype] = set()
+        self._samples = 0
+
+    def add(self, call: ObservedCall) -> None:
+        """A call of the pass, whose gradients are still to be accumulated."""
+        self._samples = call.samples
+        self._dtypes.update(t.dtype for t in call.saved if t.is_floating_point())
         for key, p in call.layer.trainable().items():
-            if p.grad is None or is_sharded(p.grad):
+            if p not in self._names:
                 continue
+            if p not in self._hooks:
+                self._hooks[p] = p.register_post_accumulate_grad_hook(self._compare)
+            self._calls.setdefault(p, []).append((call, key))
+
+    def end(self) -> None:
+        """The pass is over."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._calls.clear()
+
+    @outside_graphs
+    @torch.no_grad()
+    def _compare(self, p: nn.Parameter) -> None:
+        """⟨Σ c_i, G⟩ and ‖G‖² of one parameter."""
+        calls = self._calls.pop(p, [])
+        if p in self._found:  # accumulated twice, as in a reentrant checkpoint
+            del self._found[p]
+        elif calls and p.grad is not None and not is_sharded(p.grad):
+            self._dtypes.add(p.grad.dtype)
             grad = _wide(p.grad)
             scale = _largest(grad).clamp(min=_LEAST)
-            value = call.contract({key: grad / scale}).sum()
-            value = value.double() * scale
-            explained[p] = explained[p] + value if p in explained else value
-    norms = {p: _wide(p.grad).double().square().sum() for p in explained if p.grad is not None}
-    total = sum_norms_sq.double()
-    if ranks.size > 1:
-        total, explained, norms = _over_ranks(ranks, list(names), total, explained, norms)
-    spread = (total * calls[0].samples).sqrt()
-    for p, value in explained.items():
-        norm_sq = norms[p]
-        allowed = relative * norm_sq + of_noise * norm_sq.sqrt() * spread
-        allowed = allowed + p.numel() * _LEAST**2
-        if torch.isfinite(value) and (value - norm_sq).abs() > allowed:
-            return (
-                f"parameter {names[p]!r} has a gradient that the calls of its layer do not "
-                f"explain (⟨Σ c_i, G⟩ = {value.item():.4g}, ‖G‖² = {norm_sq.item():.4g}): it is "
-                "also used outside its layer's forward. Call the layer instead; tie weights by "
-                "sharing the Parameter (head.weight = embedding.weight); put weight penalties "
-                "into weight_decay"
-            )
-    return ""
+            products = [call.contract({key: grad / scale}).sum().double() for call, key in calls]
+            explained = torch.stack(products).sum() * scale
+            self._found[p] = explained, grad.double().square().sum()
+
+    def fault(self, sum_norms_sq: Tensor, ranks: Ranks) -> str:
+        """What is wrong with the first parameter whose gradient the calls do not explain, or "".
+
+        Args:
+            sum_norms_sq: Σ_i ‖c_i‖² over all parameters.
+            ranks: all of them must call this.
+        """
+        if not self._dtypes:
+            return ""
+        relative, of_noise = _ALLOWED[max(self._dtypes, key=lambda dtype: torch.finfo(dtype).eps)]
+        total = sum_norms_sq.double()
+        found = self._found
+        if ranks.size > 1:
+            total, found = _over_ranks(ranks, list(self._names), total, found)
+        spread = (total * self._samples).sqrt()
+        for p, (value, norm_sq) in found.items():
+            allowed = relative * norm_sq + of_noise * norm_sq.sqrt() * spread
+            allowed = allowed + p.numel() * _LEAST**2
+            if torch.isfinite(value) and (value - norm_sq).abs() > allowed:
+                return (
+                    f"parameter {self._names[p]!r} has a gradient that the calls of its layer do "
+                    f"not explain (⟨Σ c_i, G⟩ = {value.item():.4g}, ‖G‖² = {norm_sq.item():.4g}): "
+                    "it is also used outside its layer's forward. Call the layer instead; tie "
+                    "weights by sharing the Parameter (head.weight = embedding.weight); put "
+                    "weight penalties into weight_decay"
+                )
+        return ""
 
 
 def check_calls(
@@ -173,15 +204,13 @@ def _over_ranks(
     ranks: Ranks,
     params: list[nn.Parameter],
     total: Tensor,
-    *by_parameter: dict[nn.Parameter, Tensor],
-) -> tuple[Tensor, dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
+    found: dict[nn.Parameter, tuple[Tensor, Tensor]],
+) -> tuple[Tensor, dict[nn.Parameter, tuple[Tensor, Tensor]]]:
     """The sums over the ranks of a number and of two numbers a parameter; missing ones are 0."""
     zero = torch.zeros_like(total)
-    own = [found.get(p, zero).double() for found in by_parameter for p in params]
+    own = [number for p in params for number in found.get(p, (zero, zero))]
     total, *sums = ranks.sum_(torch.stack([total, *own])).unbind()
-    half = len(params)
-    first, second = dict(zip(params, sums[:half], strict=True)), sums[half:]
-    return total, first, dict(zip(params, second, strict=True))
+    return total, dict(zip(params, zip(sums[::2], sums[1::2], strict=True), strict=True))
 
 
 def _largest(grad: Tensor) -> Tensor:

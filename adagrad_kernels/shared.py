@@ -17,7 +17,7 @@ uses form the gradients of a few samples at a time and add them up.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,10 +47,6 @@ class ObservedCall(NamedTuple):
     samples: int
     saved: tuple[Tensor, ...]
     sample_grads: Mapping[str, Tensor] | None = None
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Those of its layer that are trained."""
-        return self.layer.trainable().values()
 
     def contract(self, params: Mapping[str, Tensor]) -> Tensor:
         """⟨c_i, params⟩ for each sample, [b]; `params` are like some of the layer's parameters."""

@@ -180,6 +180,7 @@ def _sharded_coordinates(rank: int, world: int, mesh: Any, model: nn.Sequential)
     for micro_batch in zip(*(t.chunk(2) for t in batch(12)), strict=True):
         x, y = (part(t, rank, world) for t in micro_batch)
         F.mse_loss(model(x), y).backward()
+    observer.check()  # of the first pass, once
     with CommDebugMode() as mode:
         s = observer.statistics(gradient_scale=0.5)
     found = figures(s)

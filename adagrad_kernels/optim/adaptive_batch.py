@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..criteria import Criterion
-from ..recorder import outside_graphs
+from ..eager import outside_graphs
 from .base import check_max_grad_norm
 from .cycle import BatchCycle, check_criterion
 from .cycled import Cycled, check_state

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..criteria import Criterion
+from ..eager import outside_graphs
 from ..observer import Observer
-from ..recorder import outside_graphs
 from ..reductions import pooled, unscaled
 from ..selfcheck import parameter_name
 from .cycle import BatchCycle, named_trainable

@@ -13,7 +13,7 @@ from ..batch_size import BatchSizeController
 from ..criteria import Decision, StatefulCriterion, VarianceTest, WorkerNormTest
 from ..criteria.averaged import Averaged
 from ..distributed import Group, Ranks
-from ..recorder import outside_graphs
+from ..eager import outside_graphs
 from ..statistics import GradientStatistics
 from .cycled import check_state
 from .work import refuse_sparse
