@@ -247,7 +247,8 @@ def _conv(layer: Any, seen: Seen, call: Call) -> Cost:
     rows = weight.shape[0] // layer.groups
     columns = weight.shape[1:].numel()
     positions *= images
-    cheap = sample_grads_are_cheap(call.samples, positions, weight.numel())
-    keeps = cheap and call.weight and call.device == "cpu" and not layer.transposed
-    call = call._replace(outputs=y.numel(), keeps_sample_grads=keeps)
+    call = call._replace(outputs=y.numel())
+    sizes = call.samples, positions, weight.numel(), call.inputs + call.outputs
+    keeps = call.weight and call.device == "cpu" and not layer.transposed
+    call = call._replace(keeps_sample_grads=keeps and sample_grads_are_cheap(*sizes))
     return costs.product(call, positions, rows, columns, layer.groups, linear=False)

@@ -51,8 +51,8 @@ def along(
     grads: Mapping[nn.Parameter, Tensor],
     dtype: torch.dtype,
     device: torch.device,
-    summed: Set[ObservedLayer] = frozenset(),
-) -> Tensor:
+    summed: Set[ObservedLayer],
+) -> tuple[Tensor, bool]:
     """⟨c_i, grad⟩ of the samples of one micro-batch, [b], from what its calls have kept.
 
     Args:
@@ -61,7 +61,11 @@ def along(
         dtype: to compute in.
         device: of the result.
         summed: layers of one call, whose gradients are the sum of its samples' c_i.
+
+    Returns:
+        The products, and whether some are with that sum instead of the gradient.
     """
+    by_sums = False
     total = torch.zeros(calls[0].samples, dtype=dtype, device=device)
     for call in calls:
         trainable = call.layer.trainable()
@@ -69,8 +73,9 @@ def along(
         products = None
         if call.layer in summed and all(grad.dtype == dtype for grad in used.values()):
             products = call.layer.contract_sum(call.saved, used)
+            by_sums |= products is not None
         if products is None and used:
             products = call.contract({k: whole(grad).to(dtype) for k, grad in used.items()})
         if products is not None:
             total = total + products
-    return total
+    return total, by_sums

@@ -22,11 +22,11 @@ from .reductions import CoordinateReductions
 from .selfcheck import (
     check_bounded,
     check_calls,
+    is_explained,
     parameter_name,
     parameters_with_grad,
 )
 from .shards import sums_over_ranks
-from .shared import ObservedCall
 from .statistics import GradientStatistics
 
 
@@ -311,7 +311,9 @@ class Observer(Recorder):
             coordinate_mean=mean,
             coordinate_variance=variance,
             coordinate_reductions=CoordinateReductions(*found) if found else None,
-            inner_products=self._inner_products(grads, n, gradient_scale),
+            inner_products=self._inner_products(
+                grads, n, gradient_scale, sum_norms_sq / n, mean_norm_sq
+            ),
             subset=tuple(self._names[p] for p in grads) if self.partial else None,
         )
 
@@ -386,23 +388,42 @@ class Observer(Recorder):
         torch._foreach_div_(sums, self.ranks.size**2)
         return dict(zip(found, sums, strict=True))
 
-    def _summed(self, calls: list[ObservedCall]) -> set[ObservedLayer]:
-        """The layers whose gradients are known to be the sum over the samples of one call."""
-        if len(self._micro_batches) > 1 or self.ranks.size > 1 or not self.is_as_noted:
-            return set()
-        number = Counter(call.layer for call in calls)
-        return {layer for layer, calls_ in number.items() if calls_ == 1} - self._tied
-
     def _inner_products(
-        self, grads: dict[nn.Parameter, Tensor], n: int, gradient_scale: float
+        self,
+        grads: dict[nn.Parameter, Tensor],
+        n: int,
+        gradient_scale: float,
+        mean_sample_norm_sq: float,
+        mean_norm_sq: float,
     ) -> Tensor | None:
         """⟨g_i, ḡ⟩ of the samples whose operands were kept, of all ranks."""
         if not self.inner_products:
             return None
-        with torch.no_grad():
-            found = [
-                along(calls, grads, self._dtype, self.probe.device, self._summed(calls))
-                for calls in self._kept_calls
-            ]
-        products = torch.cat(found)
-        return self.ranks.gather(products * (n * gradient_scale**2 / self.ranks.size))
+        unit = n * gradient_scale**2 / self.ranks.size
+        products, by_sums = self._along(grads, self._summed())
+        if by_sums:
+            mean = products.mean().item() * unit  # ‖ḡ‖², unless gradients were changed since
+            if not is_explained(mean, mean_norm_sq, mean_sample_norm_sq, products.dtype):
+                products, _ = self._along(grads, set())
+        return self.ranks.gather(products * unit)
+
+    @torch.no_grad()
+    def _along(
+        self, grads: dict[nn.Parameter, Tensor], summed: set[ObservedLayer]
+    ) -> tuple[Tensor, bool]:
+        """⟨c_i, grad⟩ of all calls that were kept, and whether any is that with a sum of c_j."""
+        found = [
+            along(calls, grads, self._dtype, self.probe.device, summed)
+            for calls in self._kept_calls
+        ]
+        return torch.cat([products for products, _ in found]), any(by for _, by in found)
+
+    def _summed(self) -> set[ObservedLayer]:
+        """The layers whose gradients should be the sum over the samples of one call.
+
+        On the CPU alone, where it costs nothing to look whether they are.
+        """
+        if len(self._micro_batches) > 1 or self.ranks.size > 1 or self.probe.device.type != "cpu":
+            return set()
+        number = Counter(call.layer for call in self._kept_calls[0])
+        return {layer for layer, calls in number.items() if calls == 1} - self._tied

@@ -350,7 +350,7 @@ class Recorder:
 
     def _add_cross_terms(self, grad: Tensor, calls: list[ObservedCall], rows: int) -> None:
         for parameter, uses in repeated_uses(calls).items():
-            if not all(use.by.saved for use in uses):
+            if not all(use.by.saved or use.by.sample_grads for use in uses):
                 self._faults.append(faults.unexpected(uses[0].by.layer.observed_name))
                 return
             with torch.no_grad():
@@ -376,12 +376,6 @@ class Recorder:
             if known is None:
                 self._micro_batches[k] = (probe, int(torch.count_nonzero(probe[1])))
         return [cast(int, n) for _, n in self._micro_batches]
-
-    @property
-    def is_as_noted(self) -> bool:
-        """Whether the gradients are what the last backward pass has left, as `check_unchanged`."""
-        grad = self._noted.grad() if self._noted is not None else None
-        return grad is not None and grad._version == self._noted.version  # type: ignore[union-attr]
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if the gradients have been written to since the backward pass.

@@ -114,6 +114,15 @@ class Explanation:
         return ""
 
 
+def is_explained(
+    mean_product: float, mean_norm_sq: float, mean_sample_norm_sq: float, dtype: torch.dtype
+) -> bool:
+    """Whether the mean of ⟨g_i, v⟩ is ‖ḡ‖², to rounding, as it is for v = ḡ."""
+    relative, of_noise = _ALLOWED[dtype]
+    allowed = relative * mean_norm_sq + of_noise * (mean_norm_sq * mean_sample_norm_sq) ** 0.5
+    return abs(mean_product - mean_norm_sq) <= allowed
+
+
 def check_calls(
     with_grad: Mapping[str, str],
     seen: Set[str],

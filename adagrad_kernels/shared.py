@@ -52,11 +52,12 @@ class ObservedCall(NamedTuple):
         """⟨c_i, params⟩ for each sample, [b]; `params` are like some of the layer's parameters."""
         if self.sample_grads is None:
             return self.layer.contract(self.call, self.saved, params)
-        products = (
-            self.sample_grads[name].flatten(1).to(v.dtype) @ v.flatten()
-            for name, v in params.items()
-        )
-        return functools.reduce(torch.add, products)
+        total = next(iter(params.values())).new_zeros(self.samples)
+        for name, c in self.sample_grads.items():
+            if name in params:  # others were frozen since
+                v = params[name]
+                total = total + c.flatten(1).to(v.dtype) @ v.flatten()
+        return total
 
 
 class Use(NamedTuple):
@@ -67,7 +68,9 @@ class Use(NamedTuple):
 
     @property
     def form(self) -> Form:
-        """How the call's c_i of the parameter comes from its operands."""
+        """How the call's c_i of the parameter comes from its operands, if they were kept."""
+        if self.by.sample_grads is not None:
+            return Form()
         return self.by.layer.form(self.by.call, self.name, self.by.saved)
 
 
@@ -252,6 +255,8 @@ def _explicit(
 
 def _sample_grads(use: Use, rows: slice) -> Tensor:
     """c_i of some samples, [samples, P]."""
+    if use.by.sample_grads is not None:
+        return use.by.sample_grads[use.name][rows].flatten(1)
     saved = tuple(t[rows] for t in use.by.saved)
     found: Any = use.by.layer.sample_grads(use.by.call, saved, [use.name])
     return found[use.name].flatten(1)

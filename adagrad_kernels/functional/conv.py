@@ -43,12 +43,12 @@ class _Conv(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.options
         need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
         saved = _of_samples(ctx.k, x, grad_out)
-        pixels = ctx.k * grad_out.shape[2:].numel()
+        pixels, operands = ctx.k * grad_out.shape[2:].numel(), x.numel() + grad_out.numel()
         if (
             need_w
             and x.device.type == "cpu"
             and wants_sample_grads(ctx.call)  # first: a compiled graph is none of certain sizes
-            and sample_grads_are_cheap(len(saved[0]), pixels, weight.numel())
+            and sample_grads_are_cheap(len(saved[0]), pixels, weight.numel(), operands)
         ):
             sample_grads = _sample_grads(grad_out, x, weight, ctx.k, ctx.options, need_b)
             notify(ctx.call, *saved, sample_grads=sample_grads)
@@ -150,19 +150,24 @@ def _weight_grad(
     return grad_w, grad_b, probe, sums_w, sums_b
 
 
-def sample_grads_are_cheap(samples: int, positions: int, parameters: int) -> bool:
+def sample_grads_are_cheap(samples: int, positions: int, parameters: int, operands: int) -> bool:
     """Whether c_i rather than the operands is to be kept for inner products, on the CPU.
 
     The operands need another forward pass, 2·T operations an element of c_i; c_i is written once
     and read twice. On two cores of an EPYC both take the same time at about T = 64 where c_i stays
     in a cache, and at 300 to 400 where it does not. Threads share the samples: few are too few.
+    Nor may c_i take more memory than the operands, but for a few megabytes.
 
     Args:
         samples: b.
         positions: T, pixels of a sample's images.
         parameters: elements of the weight.
+        operands: numbers in the input and in the gradient of the output.
     """
-    return samples >= 16 and positions >= (128 if samples * parameters <= 1 << 22 else 512)
+    own = samples * parameters
+    if own <= 1 << 22:
+        return samples >= 16 and positions >= 128 and own <= 4 * operands
+    return samples >= 16 and positions >= 512 and own <= operands
 
 
 def _sample_grads(
