@@ -180,13 +180,15 @@ class Recorder:
             self._had_grads |= any(p.grad is not None for p in self._names)
         again = layer.used_again(self._forward_calls)
         self._again |= again
-        kept = () if sample_grads is not None else tuple(t.detach() for t in saved)
+        needed = self.inner_products or again or layer in self._tied
+        compared = self._first is not None and not self._had_grads
+        kept = ()
+        if sample_grads is None and (needed or compared):
+            kept = tuple(t.detach() for t in saved)
         observed = ObservedCall(layer, call, saved[0].shape[0], kept, sample_grads)
-        if self._first is not None and not self._had_grads:
+        if self._first is not None and compared:
             self._first.add(observed)
-        if not (self.inner_products or layer in self._tied or again):
-            observed = observed._replace(saved=())
-        self._calls.append(observed)
+        self._calls.append(observed if needed else observed._replace(saved=()))
 
     def _begin_again(self) -> None:
         """The first backward pass, if there has been none that was complete."""
