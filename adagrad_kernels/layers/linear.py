@@ -82,11 +82,10 @@ def linear_products(x: Tensor, grad_out: Tensor, grads: Mapping[str, Tensor]) ->
     Without a bias there is no 1. That is 2·b²(O + I) operations and no reading of the gradient,
     whose product with x is 2·b·O·I: not for many samples, not for many positions.
     """
-    if (
-        x.dim() > 2
-        or "weight" not in grads
-        or 2 * len(x) * sum(grads["weight"].shape) > (grads["weight"].numel())
-    ):
+    if x.dim() > 2 or "weight" not in grads:
+        return None
+    out_features, in_features = grads["weight"].shape
+    if 2 * len(x) * (out_features + in_features) > out_features * in_features:
         return None
     x, grad_out = (t.to(grads["weight"].dtype) for t in (x, grad_out))
     inputs = x @ x.mT
