@@ -249,6 +249,6 @@ def _conv(layer: Any, seen: Seen, call: Call) -> Cost:
     positions *= images
     call = call._replace(outputs=y.numel())
     sizes = call.samples, positions, weight.numel(), call.inputs + call.outputs
-    keeps = call.weight and call.device == "cpu" and not layer.transposed
+    keeps = call.weight and call.device == "cpu"
     call = call._replace(keeps_sample_grads=keeps and sample_grads_are_cheap(*sizes))
     return costs.product(call, positions, rows, columns, layer.groups, linear=False)

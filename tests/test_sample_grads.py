@@ -30,6 +30,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "conv3d": (lambda: nn.Conv3d(2, 3, (2, 3, 1)), (2, 6, 6, 9)),
     "strides": (lambda: nn.Conv2d(3, 20, 3, (2, 1), (0, 2), (1, 2)), (3, 25, 18)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 5, 3, 2, 1), (3, 12, 13)),
+    "transposed, groups": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False), (4, 150)),
     "groups": (lambda: nn.Conv2d(6, 12, 3, groups=3, bias=False), (6, 14, 14)),
     "other padding": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 12, 12)),
     "frozen bias": (lambda: frozen(nn.Conv2d(2, 3, 3), "bias"), (2, 14, 14)),

@@ -43,13 +43,7 @@ class _Conv(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.options
         need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
         saved = _of_samples(ctx.k, x, grad_out)
-        pixels, operands = ctx.k * grad_out.shape[2:].numel(), x.numel() + grad_out.numel()
-        if (
-            need_w
-            and x.device.type == "cpu"
-            and wants_sample_grads(ctx.call)  # first: a compiled graph is none of certain sizes
-            and sample_grads_are_cheap(len(saved[0]), pixels, weight.numel(), operands)
-        ):
+        if need_w and _keeps_sample_grads(ctx.call, grad_out, x, weight, ctx.k):
             sample_grads = _sample_grads(grad_out, x, weight, ctx.k, ctx.options, need_b)
             notify(ctx.call, *saved, sample_grads=sample_grads)
             found = _of_sample_grads(sample_grads, probe.shape[1])
@@ -95,28 +89,37 @@ class _ConvTranspose(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
         saved = _of_samples(ctx.k, x, grad_out)
-        notify(ctx.call, *saved)
         grad_x = None
         if need_x:  # with much output padding, the last pixels of grad_out reach no pixel of x
             grad_x = _CONV[x.dim()](grad_out, weight, None, *_as_conv(ctx.options))
             grad_x = grad_x[(..., *map(slice, x.shape[2:]))]
         # The weight's gradient is that of a convolution of grad_out whose output x is.
-        grad_w, _, grad_p, sums_w, _ = _weight_grad(
-            x, grad_out, weight, ctx.k, _as_conv(ctx.options),
-            probe.shape[1], need_w, False, need_ws,
-        )  # fmt: skip
-        grad_b = sums_b = None
-        if need_b:
-            by_channel = grad_out.reshape(-1, ctx.k, grad_out.shape[1], grad_out.shape[2:].numel())
-            _, grad_b, grad_p_bias, _, sums_b = ops.scale_weight_grad(
-                by_channel, by_channel, None, None, probe.shape[1], False, True, need_bs
+        options = _as_conv(ctx.options)
+        if need_w and _keeps_sample_grads(ctx.call, x, grad_out, weight, ctx.k):
+            sample_grads = _sample_grads(x, grad_out, weight, ctx.k, options, False)
+            if need_b:
+                by_channel = _by_channel(grad_out, ctx.k)
+                sample_grads["bias"] = by_channel.to(sample_grads["weight"].dtype).sum((1, 3))
+            notify(ctx.call, *saved, sample_grads=sample_grads)
+            found = _of_sample_grads(sample_grads, probe.shape[1])
+        else:
+            notify(ctx.call, *saved)
+            wanted = probe.shape[1], need_w, False, need_ws
+            grad_w, grad_b, grad_p, sums_w, sums_b = _weight_grad(
+                x, grad_out, weight, ctx.k, options, *wanted
             )
-            grad_p = torch.stack([grad_p[0] + grad_p_bias[0], grad_p[1]])
-            grad_b = as_grad(grad_b, bias_dtype, need_b)
+            if need_b:
+                by_channel = _by_channel(grad_out, ctx.k)
+                _, grad_b, grad_p_bias, _, sums_b = ops.scale_weight_grad(
+                    by_channel, by_channel, None, None, probe.shape[1], False, True, need_bs
+                )
+                grad_p = torch.stack([grad_p[0] + grad_p_bias[0], grad_p[1]])
+            found = grad_w, grad_b, grad_p, sums_w, sums_b
+        grad_w, grad_b, grad_p, sums_w, sums_b = found
         return (
             grad_x,
             as_grad(grad_w, weight_dtype, need_w),
-            grad_b,
+            as_grad(grad_b, bias_dtype, need_b),
             counted(grad_p, probe, ctx.call, *saved),
             sums_w if need_ws else None,
             sums_b if need_bs else None,
@@ -127,6 +130,11 @@ class _ConvTranspose(torch.autograd.Function):
 def _as_conv(options: tuple) -> tuple:
     stride, padding, _, dilation, groups = options
     return stride, padding, dilation, groups
+
+
+def _by_channel(grad_out: Tensor, k: int) -> Tensor:
+    """[b·k, O, *D] as [b, k, O, pixels]."""
+    return grad_out.reshape(-1, k, grad_out.shape[1], grad_out.shape[2:].numel())
 
 
 def _of_samples(k: int, *images: Tensor) -> tuple[Tensor, ...]:
@@ -168,6 +176,14 @@ def sample_grads_are_cheap(samples: int, positions: int, parameters: int, operan
     if own <= 1 << 22:
         return samples >= 16 and positions >= 128 and own <= 4 * operands
     return samples >= 16 and positions >= 512 and own <= operands
+
+
+def _keeps_sample_grads(call: Call, g: Tensor, a: Tensor, weight: Tensor, k: int) -> bool:
+    """Whether the call's listener is to get c_i; g and a as for `_weight_grad`."""
+    if g.device.type != "cpu" or not wants_sample_grads(call):
+        return False  # before a compiled graph, which is for batches of all sizes, is asked for any
+    positions, operands = k * g.shape[2:].numel(), g.numel() + a.numel()
+    return sample_grads_are_cheap(len(g) // k, positions, weight.numel(), operands)
 
 
 def _sample_grads(

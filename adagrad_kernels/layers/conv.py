@@ -25,6 +25,8 @@ def _over_channels(bias: Tensor, like: Tensor) -> Tensor:
 class _AnyConv(ObservedLayer, _ConvNd):
     """What convolutions and transposed ones share."""
 
+    takes_sample_grads = True
+
     def form(self, call: functional.Call, name: str, saved: tuple[Tensor, ...]) -> Form:
         """See `ObservedLayer`; three-dimensional ones cannot have several images a sample."""
         if name != "weight" or not self.foldable:
@@ -58,7 +60,6 @@ class _AnyConv(ObservedLayer, _ConvNd):
 
 
 class _ObservedConv(_AnyConv):
-    takes_sample_grads = True
     observed_method = "direct, Gram (few positions)"
 
     def _options(self) -> tuple[Any, ...]:
