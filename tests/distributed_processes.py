@@ -85,6 +85,6 @@ def _process(
     except BaseException:
         (folder / f"error{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         raise
-    # Threads of torch's, while the interpreter ends: "terminate called without an active exception"
-    # once in some hundred processes, with all results written.
+    # Without the interpreter's own end, in which threads of gloo have aborted a process once
+    # ("terminate called without an active exception"), with all results written.
     os._exit(0)
