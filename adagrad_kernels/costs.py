@@ -28,7 +28,7 @@ number of the layer's input; the normalisation is not counted. An embedding take
 coordinate sums, at most: repeated tokens of a sample count once; for an EmbeddingBag its rows and
 their gradients are written and read, too. 16-bit operands are converted to float32 on the CPU.
 
-Inner products take one more forward pass and 2·Y operations. Where c_i is smaller, of
+Inner products take one more forward pass and 2·Y operations. Where c_i is small, of
 normalisations and on the CPU of convolutions with many pixels, it is kept instead: 2 operations for
 each of its b·W numbers, which are written once and read once, of convolutions twice. Linear layers
 of few samples with one position take 2·b²(O + I), if the batch is one micro-batch.

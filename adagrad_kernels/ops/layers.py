@@ -180,7 +180,8 @@ def conv_sample_grads(
     Of `conv_weight_grad`, whose arguments these are, c_i is what is summed and squared. Small
     weights and many positions make it smaller than the operands; then inner products with a
     gradient that is known later (⟨c_i, ḡ⟩) cost one reading of c_i, where the operands would
-    need another forward pass. `sample_statistics` makes gradient, norms and sums of it.
+    need another forward pass. `sample_statistics` makes gradient, norms and sums of it. There is a
+    kernel for the CPU; on GPUs, where layers do not ask for it, plain PyTorch computes it.
 
     Args:
         grad_out: gradient of the output, [b, O, *D'].

@@ -73,16 +73,14 @@ def norm_backward(
     check_norm(grad_out, input, mean, rstd, scale)
     channels, groups = input.shape[2], rstd.shape[2]
     dtype = compute_dtype(input.dtype)
-    m, r = (
-        None if t is None else t.to(dtype).repeat_interleave(channels // max(1, groups), dim=2)
-        for t in (mean, rstd)
-    )
+    each = channels // max(1, groups)
+    m = None if mean is None else mean.to(dtype).repeat_interleave(each, dim=2)
+    r = rstd.to(dtype).repeat_interleave(each, dim=2)
     g, x = grad_out.to(dtype), input.to(dtype)
     rest = scale_weight_grad(g, x, m, r, capacity, weight, bias, coordinates)
     own = g.new_empty(0, 2, channels)
     if samples:
-        hat = x if m is None else x - m
-        hat = hat if r is None else hat * r
+        hat = (x if m is None else x - m) * r
         own = torch.stack([(g * hat).sum((1, 3)), g.sum((1, 3))], dim=1)
     grad_input = norm_input_grad(g, x, mean, rstd, scale)
     return torch.empty_like(input).copy_(grad_input), *rest, own
