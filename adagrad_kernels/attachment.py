@@ -232,6 +232,11 @@ def _plan(
             )
         if any(nn.parameter.is_lazy(p) for p in own.values()):
             raise ValueError(f"layer {name!r} is lazy; run one forward pass before observing")
+        if any(p.is_complex() and p.requires_grad for p in own.values()):
+            raise ValueError(
+                f"layer {layer_name(name)} has complex parameters: keep real and imaginary "
+                "parts as parameters of their own, or freeze them"
+            )
         trainable = [key for key, p in own.items() if p.requires_grad]
         observed = observed_class(type(module)) if own and not (computed and trainable) else None
         reason = observed.refusal(module) if observed is not None and trainable else ""

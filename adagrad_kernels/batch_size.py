@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from .criteria import Decision
 from .lr_policy import LRPolicy
 from .micro_batches import check_divides, divide
 from .statistics import GradientStatistics
+
+logger = logging.getLogger("adagrad_kernels")
 
 
 class BatchSizeController:
@@ -53,6 +56,8 @@ class BatchSizeController:
         processes: how many share a batch; set by the loader.
         samples: samples of all finished steps.
         steps: finished steps.
+        ended: batches that an optimizer has finished or left out; loaders then begin a new one,
+            also if they have not served all of the last one.
 
     Raises:
         ValueError: for arguments out of range.
@@ -98,7 +103,7 @@ class BatchSizeController:
         self.sizes = None if sizes is None else self._checked(sizes)
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
-        self.growth_limit = growth_limit
+        self.growth_limit = None if growth_limit == math.inf else growth_limit
         self.every = _count("every", every)
         self.smoothing = smoothing
         self.patience = _count("patience", patience)
@@ -110,6 +115,7 @@ class BatchSizeController:
         self.processes = 1
         self.steps = 0
         self.samples = 0
+        self.ended = 0
         self._average: float | None = None
         self._waiting: list[int] = []  # suggestions that agree and have not been followed yet
 
@@ -183,6 +189,12 @@ class BatchSizeController:
             )
         for size in self.sizes or ():
             check_divides(size, limit, processes, self.multiple_of)
+        if self.max_micro_batch_size is not None and self.max_micro_batch_size != limit:
+            logger.warning(
+                "micro-batches of at most %d samples, for all loaders of this optimizer; an "
+                "earlier one allowed %d. To evaluate, take a torch.utils.data.DataLoader",
+                limit, self.max_micro_batch_size,
+            )  # fmt: skip
         self.max_micro_batch_size, self.processes = limit, processes
         self.batch_size = self._servable(self.batch_size)
         if not self.steps:
@@ -272,17 +284,21 @@ class BatchSizeController:
             "lr_policy": self.lr_policy.state_dict(),
         }
 
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if `load_state_dict` would."""
+        if state["batch_size"] > self.max_batch_size:
+            raise ValueError(
+                f"the saved batch size {state['batch_size']} is larger than max_batch_size "
+                f"({self.max_batch_size})"
+            )
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`; the cap and options stay those of this object.
 
         Raises:
             ValueError: if the saved batch size is larger than this controller's cap.
         """
-        if state["batch_size"] > self.max_batch_size:
-            raise ValueError(
-                f"the saved batch size {state['batch_size']} is larger than max_batch_size "
-                f"({self.max_batch_size})"
-            )
+        self.check_state_dict(state)
         self.batch_size = self._servable(state["batch_size"])
         self.initial_batch_size = state["initial_batch_size"]
         self.steps = state["steps"]
@@ -294,7 +310,7 @@ class BatchSizeController:
 
 def _count(name: str, value: float) -> int:
     """The value as an integer of at least 1."""
-    if value != int(value):
+    if not math.isfinite(value) or value != int(value):
         raise ValueError(f"{name} must be a whole number, got {value}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Protocol, cast
@@ -38,7 +39,10 @@ class AdaptiveDataLoader:
     batches up to the first batch end at or after the end of the epoch; the next pass goes on
     where the last one left off, also in the middle of a batch. A loaded state goes on at the
     beginning of the batch that was being served when it was saved, since the gradients that had
-    been accumulated are not part of any state: save after `opt.step()`.
+    been accumulated are not part of any state: save after `opt.step()`. Where the optimizer ends a
+    batch before all of it was served (after an error, or `opt.zero_grad()` in place of a step), or
+    completes it with samples of the next one (after a micro-batch that was not backpropagated),
+    a new batch begins with the next micro-batch.
 
     Under `torch.distributed` batch sizes are global: of each micro-batch every process is served an
     equal part, and the parts of all processes together are the samples that one process would
@@ -55,10 +59,11 @@ class AdaptiveDataLoader:
         dataset: a map-style dataset with `len`.
         controller: an optimizer of this package, or a `BatchSizeController`. In an optimizer's
             observer room is made for max_micro_batch_size, which compiled models need beforehand.
-        max_micro_batch_size: largest micro-batch of one process, by memory.
+        max_micro_batch_size: largest micro-batch of one process, by memory; that of all loaders of
+            the controller.
         shuffle: a new permutation each epoch, or the dataset's order.
         num_workers: processes that fetch, 0 for none.
-        seed: of the permutations.
+        seed: of the permutations, a whole number.
         weights: [len(dataset)], as of `WeightedRandomSampler`: each epoch is len(dataset) draws
             with replacement, sample i in proportion to weights[i] ≥ 0. Statistics and tests are
             those of the distribution that is drawn from.
@@ -73,7 +78,7 @@ class AdaptiveDataLoader:
         epoch: complete passes over the dataset so far.
 
     Raises:
-        TypeError: an iterable-style dataset.
+        TypeError: an iterable-style dataset, or a seed that is no whole number.
         ValueError: an empty dataset, weights that are no distribution over it or not shuffled,
             max_micro_batch_size < 1, num_workers < 0, a rank outside [0, world_size), or what
             `BatchSizeController.limit_micro_batches` raises.
@@ -112,6 +117,10 @@ class AdaptiveDataLoader:
             raise ValueError("the dataset is empty")
         if weights is not None:
             weights = _distribution(weights, length, shuffle)
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise TypeError(f"seed must be a whole number, got {seed!r}") from None
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
         rank, world_size = _part(rank, world_size, getattr(controller, "ranks", None) or Ranks())
@@ -141,7 +150,7 @@ class AdaptiveDataLoader:
                 num_workers=num_workers,
                 persistent_workers=True,
                 pin_memory=pin_memory,
-                generator=torch.Generator().manual_seed(seed),  # not the global one
+                generator=torch.Generator().manual_seed(seed % (1 << 63)),  # not the global one
             )
 
     @property

@@ -14,6 +14,10 @@ CLEARED = (
     "counted: to leave a batch out, or to clear the gradients between steps, call zero_grad() of "
     "the optimizer that measures them, not of the model (of an observer by itself: reset(), too)"
 )
+CHANGED = (
+    "the gradients were changed between backward() and step(): the test would compare them with "
+    "those of the samples as they were. To clip them, take max_grad_norm= of the optimizer"
+)
 PROBE_CHANGED = (
     "the layers disagree about the number of samples, or lie on several devices, so that one "
     "backward pass was measured in parts: dimension 0 of every layer's input must count the "

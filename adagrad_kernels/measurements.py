@@ -43,7 +43,8 @@ def by_coordinate(
 
     if not lazy:
         return means(), variances()
-    return LazyCoordinates(measured, means), LazyCoordinates(measured, variances)
+    grads = {name: grad for name, (grad, _) in measured.items()}
+    return LazyCoordinates(grads, means), LazyCoordinates(grads, variances)
 
 
 def along(

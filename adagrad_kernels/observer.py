@@ -6,7 +6,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,9 +122,8 @@ class Observer(Recorder):
         layers_, names, tied = attach(model, self, fallback, coordinates, layers, folded)
         self._fallback = fallback
         ranks = Ranks(process_group or data_parallel_group(model))
-        super().__init__(names, tied, ranks, coordinates, inner_products)
+        super().__init__(names, tied, ranks, coordinates, inner_products, layers is not None)
         self.model = model
-        self.partial = layers is not None
         self._layers = layers_
         self.owner: weakref.ref[object] | None = None  # the optimizer's part that made it, if any
         self._found_in_probe: list[set[str]] = []  # layers that only the probe has shown
@@ -136,6 +135,17 @@ class Observer(Recorder):
     def abandoned(self) -> bool:
         """Whether it was made for an optimizer that no longer exists."""
         return self.owner is not None and self.owner() is None
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Copies and pickles would belong to no model.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "an Observer cannot be copied or pickled: it belongs to a model's layers. Copy the "
+            "model, and observe the copy"
+        )
 
     def detach(self) -> None:
         """Gives every layer its class back. The model is as it was."""
@@ -295,14 +305,13 @@ class Observer(Recorder):
             sum_sq, norms = sum_sq / ranks.size**2, norms / ranks.size**2
         self._check_calls(with_grad, least, most, outside)
         sum_norms_sq = sum_sq * (n * gradient_scale) ** 2
-        check_bounded(n, sum_norms_sq, mean_norm_sq, uncancelled * (n * gradient_scale) ** 2)
         mean = variance = None
         if self.coordinates:
             measured = {
                 self._names[p]: (grads[p], sums) for p, sums in self._coordinate_sums(grads).items()
             }
             mean, variance = by_coordinate(measured, n, gradient_scale, lazy=bool(found))
-        return GradientStatistics(
+        statistics = GradientStatistics(
             batch_size=n,
             sum_norms_sq=sum_norms_sq,
             mean_norm_sq=mean_norm_sq,
@@ -316,6 +325,9 @@ class Observer(Recorder):
             ),
             subset=tuple(self._names[p] for p in grads) if self.partial else None,
         )
+        if not statistics.vanishing:
+            check_bounded(n, sum_norms_sq, mean_norm_sq, uncancelled * (n * gradient_scale) ** 2)
+        return statistics
 
     def _layers_with_grad(self) -> dict[str, nn.Parameter]:
         """By the layer's name one of its parameters, where any has a gradient.

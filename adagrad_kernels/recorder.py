@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Mapping
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .functional import Call
 from .layers import ObservedLayer
 from .layers.base import Updater
 from .layers.shared_values import SharedValues
-from .selfcheck import Explanation, parameters_with_grad
+from .selfcheck import Explanation, Gradients, parameters_with_grad
 from .shared import ObservedCall, cross_terms, repeated_uses
 
 
@@ -51,6 +51,7 @@ class Recorder:
         ranks: the processes that average their gradients.
         coordinates: whether coordinate sums are measured.
         inner_products: whether the operands of the last micro-batch are kept, or "all".
+        partial: whether only some layers are observed.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class Recorder:
         ranks: Ranks,
         coordinates: bool,
         inner_products: bool | str,
+        partial: bool,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.partial = ranks, partial
         self.coordinates = coordinates
         self.inner_products = bool(inner_products)
         self._keeps_all = inner_products == "all"
@@ -98,6 +100,7 @@ class Recorder:
         self._last_seen: set[str] = set()
         self._notified_calls = 0
         self._with_grad: dict[str, nn.Parameter] | None = None  # what `Observer.check` has found
+        self._left = Gradients()
         self._cross_sums: dict[Tensor, Tensor] = {}  # by coordinate probe
         self._uncancelled: Tensor | None = None  # Σ ‖c_i^k‖² of micro-batches with cross terms
 
@@ -169,8 +172,12 @@ class Recorder:
     ) -> None:
         """Notified of each layer call's backward pass; by compiled graphs only if asked to."""
         task = torch._C._current_graph_task_id()
-        if task != self._task:  # what is left is of a pass without the probe: autograd.grad's
-            self._task, self._calls = task, []
+        if task != self._task:
+            if self._calls:  # of a pass that was broken off, or without the probe: autograd.grad's
+                self._calls = []
+                if not self._micro_batches:
+                    self._clear_coordinates()
+            self._task = task
             self._begin_again()
             self._suspicion = self._gradient_fault(in_time=True)
         if self.updater is not None:
@@ -278,7 +285,7 @@ class Recorder:
         self._with_grad = None
         probe.grad = None
         if self.ranks.size == 1:  # otherwise they are still to be averaged
-            note = functools.partial(self._note_gradient, [call.layer for call in calls])
+            note = functools.partial(self._note_gradients, [call.layer for call in calls])
             torch.autograd.Variable._execution_engine.queue_callback(note)
 
     def _settle(self, calls: list[ObservedCall]) -> None:
@@ -294,12 +301,17 @@ class Recorder:
         if repeated is not None:
             self._faults.append(faults.repeated(repeated.layer.observed_name))
 
-    def _note_gradient(self, layers: list[ObservedLayer]) -> None:
-        """At the end of a backward pass: which version one of the gradients has.
+    @outside_graphs
+    def _note_gradients(self, layers: list[ObservedLayer]) -> None:
+        """At the end of a backward pass: which versions the gradients have.
 
-        One that the coming passes add to after the first of these layers has notified of itself;
-        without layers, as of a compiled model, any.
+        And one for the time after `reset`, that the coming passes add to after the first of these
+        layers has notified of itself; without layers, as of a compiled model, any.
         """
+        measured: Iterable[nn.Parameter] = self._names
+        if self.partial:
+            measured = {p for layer in layers for p in parameters_with_grad(cast(Any, layer))}
+        self._left = Gradients(measured)
         measured = (p for layer in layers for p in parameters_with_grad(cast(nn.Module, layer)))
         p = next(measured, None)
         in_time = p is not None
@@ -313,13 +325,17 @@ class Recorder:
 
     def accept_changes(self) -> None:
         """The gradients have been written to since the backward pass, as they may be."""
-        self._noted = None
+        self._noted, self._left = None, Gradients()
+
+    def weights_changed(self) -> None:
+        """No graph of a forward pass before this can be backpropagated any more."""
+        self._pending.clear()
 
     def _gradient_fault(self, in_time: bool) -> str:
         """Whether the gradients are those that this backward pass may add to.
 
-        Looks at one of them, on one process. One that has been replaced by another tensor says
-        nothing: `DistributedDataParallel` may do that.
+        On one process; where that is part of a group, one that has been replaced by another tensor
+        says nothing: `DistributedDataParallel` may do that.
 
         Args:
             in_time: called before it is added to.
@@ -330,6 +346,8 @@ class Recorder:
         if not (in_time and self._noted.in_time):
             gone = p is not None and p.grad is not grad and not uses_processes()
             return faults.CLEARED if gone and self._micro_batches else ""
+        if self._micro_batches and self._left.changed():
+            return faults.CLEARED
         if p is None or (p.grad is not None and p.grad is not grad):
             return ""
         kept = grad is not None and p.grad is grad and grad._version == self._noted.version
@@ -380,17 +398,12 @@ class Recorder:
         return [cast(int, n) for _, n in self._micro_batches]
 
     def check_unchanged(self) -> None:
-        """Raises RuntimeError if the gradients have been written to since the backward pass.
+        """Raises RuntimeError if the gradients have been changed since the backward pass.
 
-        Looks at one of them, on one process.
+        On one process. That all of them have been cleared is for the caller to say.
         """
-        grad = self._noted.grad() if self._noted is not None else None
-        if grad is not None and grad._version != self._noted.version:  # type: ignore[union-attr]
-            raise RuntimeError(
-                "the gradients were changed between backward() and step(): the test would compare "
-                "them with those of the samples as they were. To clip them, take max_grad_norm= "
-                "of the optimizer"
-            )
+        if self._left.changed() and not self._left.cleared():
+            raise RuntimeError(faults.CHANGED)
 
     def reset(self) -> None:
         """Forgets what was measured, for the next step. Gradients are not touched."""
@@ -399,6 +412,9 @@ class Recorder:
         self._to_explain = None
         self._begin_again()
         self._forget()
+        self._clear_coordinates()
+
+    def _clear_coordinates(self) -> None:
         for probe in self._coordinate_probes.values():
             probe.grad = None
 

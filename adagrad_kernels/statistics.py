@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .reductions import CoordinateReductions
+
+VANISHING = 1e-32
+"""Least mean of the samples' ‖c_i‖² that float32 measures: below 1.2e-38 squares lose digits."""
 
 
 def _scalar(value: float) -> Tensor:
@@ -18,28 +22,47 @@ def _scalar(value: float) -> Tensor:
 
 
 class LazyCoordinates(Mapping[str, Tensor]):
-    """A tensor for each parameter by name, computed when the first one is asked for."""
+    """A tensor for each parameter by name, computed when the first one is asked for.
 
-    def __init__(self, names: Iterable[str], compute: Callable[[], dict[str, Tensor]]) -> None:
-        self._names = list(names)
+    Args:
+        gradients: what they are computed from, by name.
+        compute: computes them.
+    """
+
+    def __init__(
+        self, gradients: Mapping[str, Tensor], compute: Callable[[], dict[str, Tensor]]
+    ) -> None:
+        self._gradients = dict(gradients)
+        self._versions = [grad._version for grad in gradients.values()]
         self._compute: Callable[[], dict[str, Tensor]] | None = compute
         self._values: dict[str, Tensor] = {}
 
     def keep(self) -> None:
         """Computes them now, before the gradients that they come from are written to."""
-        if self._compute is not None:
+        versions = [grad._version for grad in self._gradients.values()]
+        if self._compute is not None and versions == self._versions:
             self._values = self._compute()
             self._compute = None
 
     def __getitem__(self, name: str) -> Tensor:
         self.keep()
+        if self._compute is not None:
+            raise RuntimeError(
+                "the gradients have been written to since the step, and means and variances of "
+                "the coordinates with them: read these, or call keep_coordinates() of the "
+                "statistics, before; zero_grad() of the optimizer does so"
+            )
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._gradients)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._gradients)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as a dictionary."""
+        return dict, (dict(self),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +173,15 @@ class GradientStatistics:
     def finite(self) -> bool:
         """Whether all sums are finite."""
         return math.isfinite(self.sum_norms_sq) and math.isfinite(self.mean_norm_sq)
+
+    @property
+    def vanishing(self) -> bool:
+        """Whether the samples' gradients are so small that their squares are lost in float32."""
+        norms, factor = self.contribution_norms_sq, self.batch_size * self.gradient_scale
+        if norms is None or norms.dtype == torch.float64 or factor == 0:
+            return False
+        mean = self.sum_norms_sq / factor / factor / self.batch_size  # of ‖c_i‖²
+        return mean < VANISHING and max(self.sum_norms_sq, self.mean_norm_sq) > 0
 
     @property
     def grad_norm_sq(self) -> Tensor:

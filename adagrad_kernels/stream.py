@@ -59,6 +59,7 @@ class SampleStream:
         self._up_to = None if weights is None else weights.double().cumsum(0)
         self.samples = 0
         self._batch: tuple[int, int] | None = None  # (m, micro-batches left) inside a batch
+        self._begun = 0  # batches that the controller had ended when it began
         self._batch_start = 0  # where the batch that was served last begins
         self._orders: dict[int, Tensor] = {}
 
@@ -69,14 +70,14 @@ class SampleStream:
 
     @property
     def inside_batch(self) -> bool:
-        """Whether a batch has been taken in part."""
-        return self._batch is not None
+        """Whether a batch has been taken in part, and the optimizer has not ended it before."""
+        return self._batch is not None and self._begun == self.controller.ended
 
     def next(self) -> MicroBatch:
         """The micro-batch that comes next; `take` goes past it."""
-        if self._batch is None:
+        if self._batch is None or not self.inside_batch:
             self._batch = self.controller.micro_batches()
-            self._batch_start = self.samples
+            self._batch_start, self._begun = self.samples, self.controller.ended
         return MicroBatch(self.samples, self._batch[0])
 
     def take(self) -> None:
@@ -89,7 +90,7 @@ class SampleStream:
 
     def plan(self) -> Iterator[MicroBatch]:
         """The micro-batches to come if the batch size stays as it is; endless."""
-        position, batch = self.samples, self._batch
+        position, batch = self.samples, self._batch if self.inside_batch else None
         while True:
             size, count = batch or self.controller.micro_batches()
             batch = None
@@ -113,7 +114,8 @@ class SampleStream:
         if epoch not in self._orders:
             now = self.epoch
             self._orders = {e: o for e, o in self._orders.items() if e >= now}
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            seed = (self.seed * 1_000_003 + epoch) % (1 << 63)
+            generator = torch.Generator().manual_seed(seed)
             if self._up_to is not None:
                 drawn = torch.rand(self.length, generator=generator, dtype=torch.float64)
                 order = torch.searchsorted(self._up_to, drawn * self._up_to[-1], right=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import faults
 from .distributed import (
     Group,
     Ranks,
@@ -18,6 +19,8 @@ from .distributed import (
     is_sharded,
     sharded_modules,
 )
+from .eager import outside_graphs
+from .selfcheck import Gradients
 from .statistics import GradientStatistics
 
 
@@ -66,6 +69,7 @@ class WorkerObserver:
         if first is None:
             raise ValueError("the model was called without a tensor whose rows count the samples")
         self._samples = first.shape[0]
+        self._sizes.add(self._samples)
         self._calls += 1
 
     def _unsharded(self, module: nn.Module, _: Any) -> None:
@@ -87,8 +91,25 @@ class WorkerObserver:
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
+            if self._micro_batches and self._left.changed():
+                self._fault = faults.CLEARED
+            if self.ranks.size == 1:  # otherwise they are still to be averaged
+                torch.autograd.Variable._execution_engine.queue_callback(self._note_gradients)
             self._micro_batches.append((self._samples, []))
         self._micro_batches[-1][1].append(torch.linalg.vector_norm(grad, dtype=torch.float64))
+
+    @outside_graphs
+    def _note_gradients(self) -> None:
+        self._left = Gradients(p for _, p in self.parameters())
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if the gradients have been changed since the backward pass."""
+        if self._left.changed() and not self._left.cleared():
+            raise RuntimeError(faults.CHANGED)
+
+    def accept_changes(self) -> None:
+        """The gradients have been written to since the backward pass, as they may be."""
+        self._left = Gradients()
 
     @property
     def micro_batches(self) -> int:
@@ -100,7 +121,19 @@ class WorkerObserver:
         return [samples for samples, _ in self._micro_batches]
 
     def check(self) -> None:
-        """Raises RuntimeError where one forward pass had several backward passes."""
+        """Raises RuntimeError where it is not known whose gradient was measured.
+
+        After several backward passes of one forward pass, gradients that were cleared between
+        them, forward passes of other sizes without one.
+        """
+        if self._fault:
+            raise RuntimeError(self._fault)
+        if self.micro_batches < self._calls and len(self._sizes) > 1:
+            raise RuntimeError(
+                f"the model was called with {' and '.join(map(str, sorted(self._sizes)))} samples, "
+                "not always followed by a backward pass, so that the number of samples in the "
+                "batch is not known: evaluate under torch.no_grad()"
+            )
         if self.micro_batches > self._calls:
             raise RuntimeError(
                 "more backward passes than calls of the model: run backward() once for each. With "
@@ -115,6 +148,9 @@ class WorkerObserver:
         """Forgets what was measured, for the next step."""
         self._micro_batches: list[tuple[int, list[Tensor]]] = []
         self._calls = 0
+        self._sizes: set[int] = set()  # of the calls
+        self._left = Gradients()
+        self._fault = ""
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -132,8 +168,8 @@ class WorkerObserver:
         tr Σ̂ = N/J · (Σ_j‖g_j‖² − J‖ḡ‖²)/(J − 1); NaN for J = 1.
 
         Raises:
-            RuntimeError: no backward pass, several of one forward pass, gradients that were not
-                measured, or ranks whose gradients have not been averaged.
+            RuntimeError: no backward pass, gradients that were not measured, ranks whose gradients
+                have not been averaged, or what `check` raises.
         """
         if not self._micro_batches:
             raise RuntimeError("no statistics: no backward pass since the last reset()")

@@ -1,5 +1,6 @@
 """Wrong arguments of the optimizers: refused with the reason, and the model is left as it was."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -101,3 +102,30 @@ def test_a_trainable_parameter_that_nobody_updates(kind: str) -> None:
     params = list(model[0].parameters())
     with pytest.raises(ValueError, match=r"'2.weight' is trainable but in none"):
         of_parameters(kind, model, params)
+
+
+def test_an_observer_is_not_copied() -> None:
+    observer = ak.observe(nn.Linear(3, 2))
+    with pytest.raises(TypeError, match="observe the copy"):
+        copy.deepcopy(observer)
+    assert type(copy.deepcopy(observer.model)) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda model: torch.func.vmap(model)(torch.ones(4, 3)),
+        lambda model: torch.func.grad(lambda x: model(x).sum())(torch.ones(4, 3)),
+    ],
+)
+def test_transforms_of_observed_models_are_named(transformed: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    ak.observe(model)
+    with pytest.raises(RuntimeError, match=r"layer '0' is observed.*copy.deepcopy"):
+        transformed(model)
+    transformed(copy.deepcopy(model))
+
+
+def test_complex_parameters_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="layer '1' has complex parameters"):
+        ak.observe(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, dtype=torch.complex64)))

@@ -380,3 +380,14 @@ class TestLRPolicy:
         feed(controller, [32])
         controller.limit_micro_batches(16)
         assert (controller.initial_batch_size, controller.lr_factor) == (8, 4)
+
+
+def test_an_infinite_growth_limit_is_none() -> None:
+    controller = BatchSizeController(8, 4096, growth_limit=float("inf"))
+    assert controller.advance(Decision(False, 2000, 250.0)) == 2000
+
+
+@pytest.mark.parametrize("size", [float("inf"), float("nan")])
+def test_sizes_that_are_not_finite_are_refused(size: float) -> None:
+    with pytest.raises(ValueError, match="max_batch_size must be a whole number"):
+        BatchSizeController(8, size)  # type: ignore[arg-type]

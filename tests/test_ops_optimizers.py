@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -286,3 +287,40 @@ def test_a_parameter_with_gaps_is_refused() -> None:
     overlapping = f32(9).as_strided((3, 3), (2, 2))  # nine elements within nine, four gaps
     with pytest.raises(RuntimeError, match="parameter 1 has gaps or overlaps"):
         ops.adagrad_([f32(2), overlapping], [f32(2), f32(3, 3)], [f32(2), overlapping])
+
+
+def test_updates_tell_autograd_of_what_they_wrote(device: torch.device) -> None:
+    def tensors() -> list[Tensor]:
+        return [torch.ones(3, 2, device=device) for _ in range(3)]
+
+    w, g, v = tensors()
+    leaf = torch.nn.Parameter(w)
+    ops.adagrad_([leaf], [g], [v])
+    assert (leaf._version, g._version, v._version) == (1, 0, 1)
+    w, g, _ = tensors()
+    v = torch.ones((), dtype=torch.float64, device=device)
+    ops.adagrad_norm_([w], [g], v)
+    assert (w._version, g._version, v._version) == (1, 0, 1)
+    w, g, v = tensors()
+    x = torch.ones(4, 2, device=device)
+    ops.linear_adagrad_(torch.ones(4, 3, device=device), x, w, v, 4)
+    assert (w._version, x._version, v._version) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("op", [ops.adagrad_, ops.adagrad_norm_])
+def test_one_sample_has_no_variance(op: Any, device: torch.device) -> None:
+    w, g, v = (torch.ones(3, device=device) for _ in range(3))
+    v = v if op is ops.adagrad_ else v[0].double()
+    with pytest.raises(ValueError, match="variance of 1 samples"):
+        op([w], [g], v if op is ops.adagrad_norm_ else [v], [g], samples=1)
+    assert w.eq(1).all()
+
+
+def test_rates_may_be_numbers_of_any_kind(device: torch.device) -> None:
+    found = []
+    for lr in (0.5, numpy.float64(0.5), torch.tensor(0.5), [0.5]):
+        w, g = torch.ones(3, device=device), torch.ones(3, device=device)
+        v = torch.ones((), dtype=torch.float64, device=device)
+        ops.adagrad_norm_([w], [g], v, lr=lr)  # type: ignore[arg-type]
+        found.append(w)
+    assert all(torch.equal(w, found[0]) for w in found)

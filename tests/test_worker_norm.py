@@ -326,3 +326,21 @@ def test_local_step_without_gradients() -> None:
         opt.step()
     assert opt.updated
     assert (opt.samples, opt.micro_batches) == (4, 2)
+
+
+def test_forward_passes_of_another_size_without_backward_are_named() -> None:
+    model = network()
+    opt = ak.AdAdaGrad(model, criterion=ak.WorkerNormTest(0.5), batch_size=16, max_batch_size=16)
+    first, second = batches(2, 8)
+    loss = mse(model, first)
+    model(torch.randn(100, 5, dtype=torch.float64))
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"called with 8 and 100 samples.*no_grad"):
+        opt.step()
+    opt.zero_grad()
+    for batch in (first, second):
+        model(batch[0])  # of the same size
+        mse(model, batch).backward()
+        opt.step()
+    assert opt.updated
+    assert opt.samples == 16

@@ -125,20 +125,36 @@ class Averaged:
             for old, new in zip(averages, sides, strict=True)
         ]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The averages: None, pairs of numbers, or dictionaries of coordinates."""
-        if self._averages is None:
-            return {"averages": None}
-        return {
-            "averages": [
-                {"noise": noise, "signal": signal} if isinstance(noise, dict) else (noise, signal)
-                for noise, signal in self._averages
-            ]
+    @property
+    def _averaged(self) -> str:
+        """Which quantities these are averages of."""
+        options = {
+            name: getattr(self.criterion, name, None)
+            for name in ("aggregate", "debiased", "dataset_size")
         }
+        given = [f"{name}={value!r}" for name, value in options.items() if value]
+        return f"{type(self.criterion).__name__}({', '.join(given)})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, and what they are of: None, pairs of numbers, or pairs of dictionaries."""
+        averages = self._averages and [
+            {"noise": noise, "signal": signal} if isinstance(noise, dict) else (noise, signal)
+            for noise, signal in self._averages
+        ]
+        return {"of": self._averaged, "averages": averages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`."""
+        """Restores `state_dict()`.
+
+        Raises:
+            ValueError: these are averages of other quantities.
+        """
         averages = state["averages"]
+        if averages is not None and state["of"] != self._averaged:
+            raise ValueError(
+                f"the saved averages are those of {state['of']}, not of {self._averaged}: load "
+                "them into the same criterion (its bound may differ)"
+            )
         if averages is not None:
             averages = [
                 (side["noise"], side["signal"]) if isinstance(side, dict) else tuple(side)

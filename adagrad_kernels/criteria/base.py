@@ -164,7 +164,11 @@ class VarianceTest:
         """Why the statistics allow no decision; empty if they do."""
         if statistics.batch_size < 2:
             return "a batch of one sample has no variance"
-        return "" if statistics.finite else "the gradient statistics are not finite"
+        if not statistics.finite:
+            return "the gradient statistics are not finite"
+        if statistics.vanishing:
+            return "the samples' gradients are too small for float32, which loses their squares"
+        return ""
 
     def decide(self, batch_size: int, comparisons: Sequence[Comparison]) -> Decision:
         """Passes if a batch of this size satisfies all inequalities, otherwise suggests b⁺."""

@@ -266,9 +266,18 @@ class ObservedLayer(Contributions):
         return found
 
     def measures(self) -> bool:
-        """Whether the coming forward call is to be measured."""
+        """Whether the coming forward call is to be measured.
+
+        Raises:
+            RuntimeError: in a transform of torch.func, whose gradients go another way.
+        """
         if not torch.is_grad_enabled():
             return False
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"layer {self.observed_name!r} is observed, which torch.func (grad, vmap, jvp, …) "
+                "does not go through: give it copy.deepcopy(model), a plain model, or detach()"
+            )
         own = self._parameters
         for name in self.observed_parameters:
             p = own[name] if name in own else getattr(self, name)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import _schemas
+from .update import written
 
 
 def linear_weight_grad(
@@ -103,10 +104,12 @@ def linear_adagrad_(
         >>> norm.item(), w.tolist(), v.tolist()
         (25.0, [[0.5, 1.5]], [[9.0, 16.0]])
     """
-    return _schemas.registered.linear_adagrad_.default(
+    found = _schemas.registered.linear_adagrad_.default(
         grad_out, input, weight, sum, capacity, bias, coordinates,
         lr, eps, weight_decay, maximize, grad_scale,
     )  # fmt: skip
+    written(weight, sum)
+    return found
 
 
 def conv_weight_grad(

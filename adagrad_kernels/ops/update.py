@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import _schemas
+
+
+def written(*tensors: Tensor) -> None:
+    """Tells autograd that an op has written to them, as it does of torch's own ops.
+
+    So a backward pass through a graph that saved old weights is an error.
+    """
+    if not torch.compiler.is_compiling():  # in a graph the schema says so
+        torch.autograd.graph.increment_version(tensors)
+
+
+def _check_samples(op: str, coordinate_sums: Sequence[Tensor], samples: int) -> None:
+    if coordinate_sums and samples < 2:
+        raise ValueError(f"{op}: the variance of {samples} samples is not defined")
 
 
 def sample_statistics(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +102,7 @@ def adagrad_(
         weight_decay: multiplies w in d; not part of g and of the reductions.
         maximize: ascend.
         grad_scale: factor on the gradients, 1/M after M accumulated micro-batches.
-        samples: N in the variances below; read only with coordinate_sums.
+        samples: N in the variances below, at least 2; read only with coordinate_sums.
 
     Returns:
         ‖g‖² over all tensors (float64, 0-dim), and [4] in float64 with coordinate_sums ([0]
@@ -95,7 +110,9 @@ def adagrad_(
         Σ_j g_j²/(√v_j + eps), where var_j = (N² grad_scale² Σ_i c_ij² − N g_j²)/(N − 1).
 
     Raises:
-        RuntimeError: lists of different lengths, shapes or accumulators that do not fit.
+        RuntimeError: lists of different lengths, shapes or accumulators that do not fit; nothing
+            was updated then.
+        ValueError: coordinate_sums of fewer than two samples.
 
     Source:
         Duchi, Hazan, Singer 2011; same trajectory as `torch.optim.Adagrad`.
@@ -106,9 +123,12 @@ def adagrad_(
         >>> norm.item(), w.tolist(), v.tolist()
         (25.0, [0.5, 1.5], [9.0, 16.0])
     """
-    return _schemas.registered.adagrad_.default(
+    _check_samples("adagrad_", coordinate_sums, samples)
+    found = _schemas.registered.adagrad_.default(
         params, grads, sums, coordinate_sums, lr, eps, weight_decay, maximize, grad_scale, samples
     )
+    written(*params, *sums)
+    return found
 
 
 def adagrad_norm_(
@@ -140,12 +160,15 @@ def adagrad_norm_(
         >>> norm.item(), w.tolist(), v.item()
         (25.0, [-3.0, 4.0], 25.0)
     """
+    _check_samples("adagrad_norm_", coordinate_sums, samples)
     n = len(params)
-    rates = [lr] * n if isinstance(lr, (int, float)) else list(lr)
-    decays = [weight_decay] * n if isinstance(weight_decay, (int, float)) else list(weight_decay)
-    return _schemas.registered.adagrad_norm_.default(
+    rates = list(lr) if isinstance(lr, Sequence) else [lr] * n
+    decays = list(weight_decay) if isinstance(weight_decay, Sequence) else [weight_decay] * n
+    found = _schemas.registered.adagrad_norm_.default(
         params, grads, sum, coordinate_sums, rates, eps, decays, maximize, grad_scale, samples
     )
+    written(*params, sum)
+    return found
 
 
 def grad_norm_sq(tensors: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from ..selfcheck import parameter_name
 from .base import AdaptiveAdagrad, Updated, Work, pooled_reductions
 from .cycled import LossScale
 from .in_backward import InBackward, check_supported
+from .work import laid_out_as, sum_dtype
 
 
 class AdAdaGrad(AdaptiveAdagrad):
@@ -167,7 +168,7 @@ class AdAdaGrad(AdaptiveAdagrad):
             state["sum"] = torch.full_like(
                 p,
                 group["initial_accumulator_value"],
-                dtype=_sum_dtype(p),
+                dtype=sum_dtype(p),
                 memory_format=torch.preserve_format,
             )
         return state
@@ -179,6 +180,8 @@ class AdAdaGrad(AdaptiveAdagrad):
             copies = self.ranks.copies(w.param)
             options = w.lr, group["eps"], group["weight_decay"], group["maximize"], copies
             runs.setdefault(options, []).append(w)
+        if len(runs) > 1:  # each is checked for itself
+            self._fit_sums(work)
         samples = sum(self.cycle.observer.rows())
         norms, reductions = [], []
         for (lr, eps, weight_decay, maximize, copies), run in runs.items():
@@ -206,9 +209,4 @@ class AdAdaGrad(AdaptiveAdagrad):
 
     def _restore_sum(self, p: Tensor, saved: Tensor) -> None:
         """In this parameter's layout, in float32 or better."""
-        own = torch.empty_like(p, dtype=_sum_dtype(p), memory_format=torch.preserve_format)
-        self.state[p]["sum"] = own.copy_(saved)
-
-
-def _sum_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+        self.state[p]["sum"] = laid_out_as(p, saved, sum_dtype(p))

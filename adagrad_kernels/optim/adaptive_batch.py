@@ -143,9 +143,15 @@ class AdaptiveBatch(Cycled):
         """Restores `state_dict()`; gradients that had been accumulated are cleared.
 
         Raises:
-            ValueError: something else, such as the state of the inner optimizer alone.
+            ValueError: something else, such as the state of the inner optimizer alone, or a
+                batch size above this one's cap. Nothing has changed then.
         """
         check_state(self, state_dict, "optimizer", "adaptive")
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        before = self.cycle.state_dict()
         self.cycle.load_state_dict(state_dict["adaptive"])
+        try:
+            self.optimizer.load_state_dict(state_dict["optimizer"])
+        except Exception:
+            self.cycle.load_state_dict(before)
+            raise
         self.zero_grad()

@@ -17,9 +17,11 @@ from ..reductions import pooled, unscaled
 from ..selfcheck import parameter_name
 from .cycle import BatchCycle, named_trainable
 from .cycled import Cycled, check_state
-from .work import Work, touched
+from .work import Work, laid_out_as, same_layout, sum_dtype, touched
 
 OPTIONS = ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
+TORCH_OPTIONS = {"foreach": None, "differentiable": False, "fused": None}
+"""Those of `torch.optim.Adagrad` that have no meaning here, so that param_groups fit it."""
 
 
 Updated = tuple[Tensor, Tensor | None]
@@ -55,13 +57,11 @@ class AdaptiveAdagrad(Cycled, Optimizer):
         self._check_options({"lr": lr, **defaults})
         check_max_grad_norm(type(self).__name__, max_grad_norm)
         self.max_grad_norm = max_grad_norm
-        # The remaining keys are torch.optim.Adagrad's, so that param_groups fit it.
-        torch_keys = {"foreach": None, "differentiable": False, "fused": None}
         self.cycle = BatchCycle(model, criterion, batch_size, max_batch_size, **controller_options)
         self._model = model
         chosen = params if params is not None else (p for _, p in named_trainable(model))
         try:
-            Optimizer.__init__(self, chosen, {"lr": lr, **defaults, **torch_keys})
+            Optimizer.__init__(self, chosen, {"lr": lr, **defaults, **TORCH_OPTIONS})
             self.cycle.check_groups(self.param_groups)
         except Exception:
             self.cycle.detach()
@@ -139,18 +139,21 @@ class AdaptiveAdagrad(Cycled, Optimizer):
         update = self._update if self.max_grad_norm is None else self._clipped_update
         try:
             found = update(work, self.cycle.gradient_scale)
-        except RuntimeError as error:
-            self._explain(work, error)
-            raise
+        except RuntimeError:  # nothing has changed
+            self._fit_sums(work)
+            found = update(work, self.cycle.gradient_scale)
         for rows in sparse:
             rows.write_back()
         return work[0].lr, found
 
-    def _explain(self, work: list[Work], error: RuntimeError) -> None:
-        """Raises an error that says what to do, where the model was changed under the optimizer."""
+    def _fit_sums(self, work: list[Work]) -> None:
+        """Lays the accumulators out as their parameters, where the model was changed under them.
+
+        Raises:
+            RuntimeError: parameters of another dtype or on another device than before.
+        """
         for w in work:
-            total, double = w.state.get("sum"), w.param.dtype == torch.float64
-            dtype = torch.float64 if double else torch.float32
+            total, dtype = w.state.get("sum"), sum_dtype(w.param)
             if total is None or total.dim() < w.param.dim():
                 continue  # AdAdaGradNorm's, one number for all
             if total.dtype != dtype or total.device != w.param.device:
@@ -160,7 +163,9 @@ class AdaptiveAdagrad(Cycled, Optimizer):
                     f"now, its accumulator {total.dtype} on {total.device}: change the model's "
                     "dtype and device before the optimizer is made, or load its state_dict() into "
                     "a new one"
-                ) from error
+                )
+            if not same_layout(total, w.param):
+                w.state["sum"] = laid_out_as(w.param, total)
 
     def state_and_rate(self, p: Tensor, group: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """A parameter's state, made where it is missing, and its lr_k."""
@@ -215,9 +220,15 @@ class AdaptiveAdagrad(Cycled, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's dictionary, and under "adaptive" the batch size and its history."""
-        state = super().state_dict()
-        state["adaptive"] = self.cycle.state_dict()
-        return state
+
+        def add(_: Optimizer, state: dict[str, Any]) -> None:
+            state["adaptive"] = self.cycle.state_dict()
+
+        hook = self.register_state_dict_post_hook(add, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict()`, also one of `torch.optim.Adagrad` (the batch size stays then).
@@ -229,16 +240,41 @@ class AdaptiveAdagrad(Cycled, Optimizer):
                 or a batch size above this optimizer's cap. Nothing has changed then.
         """
         check_state(self, state_dict, "state", "param_groups")
-        saved = self._saved_sums(state_dict)
-        for p, value in saved:
-            self._check_sum(p, value)
-        if "adaptive" in state_dict:
-            self.cycle.load_state_dict(state_dict["adaptive"])
-        super().load_state_dict(state_dict)
-        for p, value in saved:  # torch has cast them to the parameter's dtype
-            self._restore_sum(p, value)
+        saved: list[tuple[Tensor, Tensor]] = []
+
+        def check(_: Optimizer, state: dict[str, Any]) -> None:  # as other hooks have left it
+            saved.extend(self._saved_sums(state))
+            for p, value in saved:
+                self._check_sum(p, value)
+            if "adaptive" in state:
+                self.cycle.load_state_dict(state["adaptive"])
+
+        def restore(_: Optimizer) -> None:  # torch has cast them to the parameter's dtype
+            for p, value in saved:
+                self._restore_sum(p, value)
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
         self.cycle.forget()
         self.zero_grad()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by `load_state_dict`: with what states of older torch versions lack."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in {"maximize": False, **TORCH_OPTIONS}.items():
+                group.setdefault(name, default)
+            for p in group["params"]:
+                own = self.state.get(p, {})
+                if "step" in own:
+                    own["step"] = torch.as_tensor(own["step"], dtype=torch.float32)
 
     def _saved_sums(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """(parameter, saved accumulator), after checking that the groups fit."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..batch_size import BatchSizeController
 from ..criteria import NEEDS, Averaged, Criterion, Decision, NormTest, StatefulCriterion
-from ..distributed import Group, is_data_parallel
+from ..criteria.base import ceil
+from ..distributed import Group, is_data_parallel, local
 from ..observer import Observer, observe
 from ..selfcheck import parameter_name, parameters_with_grad
 from ..statistics import GradientStatistics
@@ -103,8 +104,10 @@ class BatchCycle:
         self._scaler_possible = True  # until a step without one
         self._measured: GradientStatistics | None = None
         self._said = ""  # why the last test could not decide
-        self._zeroed = True
+        grads = (cast(Tensor, p.grad) for p in parameters_with_grad(model))
+        self._zeroed = not any(grad.is_sparse or bool(local(grad).any()) for grad in grads)
         self._last_grad: weakref.ref[Tensor] | None = None
+        self._note_grad()
         if self.controller.batch_size == 1 < self.controller.max_batch_size:
             logger.warning("batch_size=1 never grows: one sample has no variance; start from 2")
 
@@ -169,17 +172,17 @@ class BatchCycle:
         try:
             self._count_loss(loss, observer.micro_batches - self._counted)
             observer.check()
-            if isinstance(observer, Observer):
-                if loss_scale is None:
-                    observer.check_unchanged()
-                else:
-                    observer.accept_changes()  # a GradScaler writes to the gradients
+            if loss_scale is None:
+                observer.check_unchanged()
+            else:
+                observer.accept_changes()  # a GradScaler writes to the gradients
             rows = observer.rows()
             if rows[-1] != rows[0]:
                 raise RuntimeError(
                     f"micro-batches of {rows[0]} and {rows[-1]} samples in one batch of "
                     f"{self.controller.batch_size}: with mean losses their samples would have "
-                    "different weights. Use AdaptiveDataLoader, or drop_last=True"
+                    "different weights. Use AdaptiveDataLoader, without fetching ahead from it, or "
+                    "drop_last=True"
                 )
             self._counted = observer.micro_batches
             self._scaler_possible = loss_scale is not None
@@ -295,6 +298,8 @@ class BatchCycle:
             else:
                 controller.advance(None, None, samples)
             self.micro_batches = self._counted
+            if isinstance(self.observer, Observer):
+                self.observer.weights_changed()
         finally:
             self.forget()
         self.updated = True
@@ -311,7 +316,7 @@ class BatchCycle:
         return float(mean)
 
     def _test(self, statistics: GradientStatistics) -> Decision:
-        decision = self.criterion.evaluate(statistics)
+        decision = _checked(self.criterion.evaluate(statistics), self.criterion)
         if self._memory is not None:
             self._memory.record(statistics)
         if not decision.tested and statistics.batch_size > 1:
@@ -324,34 +329,47 @@ class BatchCycle:
         return decision
 
     def forget(self) -> None:
-        """Starts counting anew; the gradients are to be zeroed before the next step."""
+        """Starts counting anew, with a new batch; the gradients are to be zeroed before a step."""
         self.observer.reset()
+        self.controller.ended += 1
         self._counted = 0
         self._losses = []
         self._loss_scales = []
         self._loss_scale = 1.0
         self._measured = None
         self._zeroed = False
-        grad = self._some_grad()
-        self._last_grad = weakref.ref(grad) if grad is not None else None
+        self._note_grad()
 
     def may_zero(self) -> bool:
-        """Called by zero_grad(): False while a batch is being accumulated."""
-        if self._counted:
+        """Called by zero_grad(): False while a batch is being accumulated.
+
+        After a backward pass without a step the gradients are useless: the batch is left out.
+        """
+        if self.observer.micro_batches > self._counted:
+            if self._counted:
+                logger.warning(
+                    "a batch is left out: zero_grad() instead of step() after micro-batch %d",
+                    self.observer.micro_batches,
+                )
+            self.forget()
+        elif self._counted:
             return False
-        if self.observer.micro_batches:  # of a backward pass without a step()
-            self.observer.reset()
         self._zeroed = True
         return True
 
     def _some_grad(self) -> Tensor | None:
         return next((p.grad for p in parameters_with_grad(self.observer.model)), None)
 
+    def _note_grad(self) -> None:
+        grad = self._some_grad()
+        self._last_grad = None if grad is None else weakref.ref(grad)
+
     def _check_zeroed(self) -> None:
         last = self._last_grad() if self._last_grad is not None else None
         if not self._zeroed and last is not None and self._some_grad() is last:
             raise RuntimeError(
-                "the gradients still hold the last batch: call opt.zero_grad() after opt.step()"
+                "the gradients still hold another batch: call opt.zero_grad() after opt.step(), "
+                "and before the first batch where there have been gradients before"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -365,9 +383,10 @@ class BatchCycle:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`; what had been accumulated is forgotten."""
-        self.controller.load_state_dict(state["controller"])
+        self.controller.check_state_dict(state["controller"])
         if self._memory is not None and "criterion" in state:
             self._memory.load_state_dict(state["criterion"])
+        self.controller.load_state_dict(state["controller"])
         self.forget()
 
 
@@ -381,6 +400,20 @@ def check_criterion(criterion: Criterion | None) -> None:
         raise TypeError(
             f"needs of {criterion!r} must be a set out of {', '.join(sorted(NEEDS))}, got {needs!r}"
         )
+
+
+def _checked(decision: object, criterion: Criterion) -> Decision:
+    """A criterion's decision, with a whole number of samples.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(decision, Decision) or not decision.batch_size >= 1:
+        raise TypeError(
+            f"evaluate() of {criterion!r} must return a Decision with a batch_size of at least 1, "
+            f"got {decision!r}; the weights have been updated before the test"
+        )
+    return replace(decision, batch_size=ceil(decision.batch_size))
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

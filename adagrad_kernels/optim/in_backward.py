@@ -195,7 +195,6 @@ class InBackward:
 
     def _updated(self, p: Tensor, options: Options, norm: Tensor) -> None:
         options.step.add_(1)
-        torch.autograd.graph.increment_version(p)  # what saved the old weight must not go on
         self._done[p] = norm, options.lr
 
     def _name(self, p: Tensor) -> str:

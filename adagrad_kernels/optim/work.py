@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -20,6 +21,25 @@ class Work(NamedTuple):
     grad: Tensor
     state: dict[str, Any]
     lr: float
+
+
+def sum_dtype(param: Tensor) -> torch.dtype:
+    """Of a parameter's accumulator."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def same_layout(total: Tensor, param: Tensor) -> bool:
+    """Whether each element has the same place in memory in both, of the same shape."""
+    sizes = zip(param.shape, total.stride(), param.stride(), strict=True)
+    return total.shape == param.shape and all(n <= 1 or s == t for n, s, t in sizes)
+
+
+def laid_out_as(param: Tensor, total: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of an accumulator with the parameter's order of dimensions in memory."""
+    own = torch.empty_like(
+        param, dtype=dtype or total.dtype, memory_format=torch.preserve_format, requires_grad=False
+    )
+    return own.copy_(total)
 
 
 class Rows(NamedTuple):

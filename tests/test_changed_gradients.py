@@ -1,0 +1,201 @@
+"""Gradients that are not what the backward passes left: noticed before anything is tested."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training import Make, all_optimizers, assert_unchanged, batches, mse, network, snapshot
+
+import adagrad_kernels as ak
+
+
+def replace_all(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = p.grad * 0.1
+
+
+def clip_first_layer(model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model[0].parameters(), 1e-3)
+
+
+def clear_first_layer(model: nn.Module) -> None:
+    model[0].zero_grad()
+
+
+def write_to_the_last(model: nn.Module) -> None:
+    model[2].bias.grad.mul_(2)
+
+
+CHANGES = [replace_all, clip_first_layer, clear_first_layer, write_to_the_last]
+
+
+def optimizer(model: nn.Module, criterion: Any = None) -> ak.AdAdaGrad:
+    return ak.AdAdaGrad(model, lr=0.1, criterion=criterion, batch_size=16, max_batch_size=16)
+
+
+@pytest.mark.parametrize("criterion", [ak.NormTest(0.5), ak.WorkerNormTest(0.5)])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_before_the_step_is_an_error(
+    criterion: Any, change: Callable[[nn.Module], None]
+) -> None:
+    model = network()
+    opt = optimizer(model, criterion)
+    before = snapshot(model, opt)
+    first, second = batches(2, 8)
+    mse(model, first).backward()
+    opt.step()
+    mse(model, second).backward()
+    change(model)
+    with pytest.raises(RuntimeError, match="changed between backward"):
+        opt.step()
+    assert_unchanged(model, opt, before)
+
+
+@pytest.mark.parametrize("criterion", [ak.NormTest(0.5), ak.WorkerNormTest(0.5)])
+@pytest.mark.parametrize("change", [*CHANGES, nn.Module.zero_grad])
+def test_a_change_between_micro_batches_is_an_error(
+    criterion: Any, change: Callable[[nn.Module], None]
+) -> None:
+    model = network()
+    opt = optimizer(model, criterion)
+    before = snapshot(model, opt)
+    first, second = batches(2, 8)
+    mse(model, first).backward()
+    opt.step()
+    change(model)
+    mse(model, second).backward()
+    with pytest.raises(RuntimeError, match="cleared or changed"):
+        opt.step()
+    assert_unchanged(model, opt, before)
+
+
+def test_other_layers_gradients_are_free_where_some_are_observed() -> None:
+    model = network()
+    observer = ak.observe(model, layers=["2"])
+    mse(model, batches(1, 8)[0]).backward()
+    clip_first_layer(model)
+    assert observer.statistics().batch_size == 8
+    write_to_the_last(model)
+    with pytest.raises(RuntimeError, match="changed between backward"):
+        observer.statistics()
+
+
+@all_optimizers
+def test_gradients_from_before_the_optimizer_are_not_taken_for_the_first_batch(make: Make) -> None:
+    model = network()
+    first, second = batches(2, 8)
+    mse(model, first).backward()
+    opt = make(model, batch_size=8, max_batch_size=8)
+    mse(model, second).backward()
+    with pytest.raises(RuntimeError, match="still hold another batch"):
+        opt.step()
+    opt.zero_grad()
+    mse(model, second).backward()
+    opt.step()
+    fresh = network()
+    other = make(fresh, batch_size=8, max_batch_size=8)
+    mse(fresh, second).backward()
+    other.step()
+    assert opt.decision == other.decision
+
+
+def test_gradients_of_zeros_from_before_the_optimizer_do_no_harm() -> None:
+    model = network()
+    mse(model, batches(1, 8)[0]).backward()
+    model.zero_grad(set_to_none=False)
+    opt = ak.AdAdaGrad(model, batch_size=8, max_batch_size=8)
+    mse(model, batches(1, 8)[0]).backward()
+    opt.step()
+    assert opt.updated
+
+
+class Breaks(nn.Module):
+    """Its backward pass fails when told to."""
+
+    fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(self.maybe_fail)
+        return x
+
+    def maybe_fail(self, grad: Tensor) -> None:
+        if self.fails:
+            raise MemoryError("as if there were none")
+
+
+@pytest.mark.parametrize("aggregate", ["max", "adagrad"])
+def test_a_backward_pass_that_failed_leaves_nothing_in_the_coordinates(aggregate: str) -> None:
+    def model() -> nn.Sequential:
+        plain = network()
+        return nn.Sequential(plain[0], Breaks(), plain[2])
+
+    criterion = ak.CoordinateNormTest(0.5, aggregate=aggregate)
+    batch = batches(1, 16)[0]
+    failing, smooth = model(), model()
+    opt, expected = optimizer(failing, criterion), optimizer(smooth, criterion)
+    failing[1].fails = True
+    with pytest.raises(MemoryError):
+        mse(failing, batch).backward()
+    failing[1].fails = False
+    opt.zero_grad()
+    for net, each in ((failing, opt), (smooth, expected)):
+        mse(net, batch).backward()
+        each.step()
+    assert opt.decision == expected.decision
+    for name, variance in expected.statistics.coordinate_variance.items():
+        assert torch.equal(opt.statistics.coordinate_variance[name], variance)
+
+
+@all_optimizers
+def test_a_graph_of_old_weights_is_an_error_as_in_torch(make: Make) -> None:
+    """As in adversarial training: the loss of one model through another that was updated since."""
+    generator, discriminator = nn.Linear(3, 5).double(), network()
+    opt = make(discriminator, batch_size=8, max_batch_size=8)
+    fake = generator(torch.randn(8, 3, dtype=torch.float64))
+    with torch.enable_grad():
+        old = nn.Sequential.forward(discriminator, fake).mean()
+    mse(discriminator, batches(1, 8)[0]).backward()
+    opt.step()
+    opt.zero_grad()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        old.backward()
+
+
+def test_a_second_backward_is_noticed_after_forward_passes_that_had_none() -> None:
+    model = network()
+    opt = ak.AdAdaGrad(model, batch_size=16, max_batch_size=16)
+    first, second, third = batches(3, 8)
+    mse(model, first)  # evaluated without no_grad
+    for batch in (first, second):
+        mse(model, batch).backward()
+        opt.step()
+    opt.zero_grad()
+    loss = mse(model, third)
+    loss.backward(retain_graph=True)
+    opt.step()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="more backward passes than forward passes"):
+        opt.step()
+
+
+def test_lazy_coordinates_are_not_those_of_later_gradients() -> None:
+    model = network()
+    opt = optimizer(model, ak.CoordinateNormTest(0.5, aggregate="adagrad"))
+    batch = batches(1, 16)[0]
+    mse(model, batch).backward()
+    opt.step()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=False)
+    with pytest.raises(RuntimeError, match="written to since the step"):
+        opt.statistics.coordinate_mean["0.weight"]
+    mse(model, batch).backward()
+    opt.zero_grad(set_to_none=False)
+    mse(model, batch).backward()
+    opt.step()
+    means = opt.statistics.coordinate_mean
+    kept = {name: p.grad.clone() for name, p in model.named_parameters()}
+    opt.zero_grad(set_to_none=False)
+    assert all(torch.equal(means[name], kept[name]) for name in expected)
