@@ -6,7 +6,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -136,17 +136,6 @@ class Observer(Recorder):
         """Whether it was made for an optimizer that no longer exists."""
         return self.owner is not None and self.owner() is None
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Copies and pickles would belong to no model.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError(
-            "an Observer cannot be copied or pickled: it belongs to a model's layers. Copy the "
-            "model, and observe the copy"
-        )
-
     def detach(self) -> None:
         """Gives every layer its class back. The model is as it was."""
         for layer in self._layers:
@@ -274,7 +263,8 @@ class Observer(Recorder):
         with_grad = self._checked()
         rows = self.rows()
         grads = {p: p.grad for _, p in self.parameters() if p.grad is not None}
-        self.check_unchanged()
+        if self.owner is None:  # its step has looked before
+            self.check_unchanged()
         if not grads and grad_norm_sq is None:
             raise RuntimeError(
                 "no statistics: the gradients were cleared after backward(); read the statistics "
@@ -336,18 +326,18 @@ class Observer(Recorder):
             RuntimeError: a parameter with a gradient that belongs to no observed layer; layers that
                 were tied after they were observed.
         """
-        known: dict[nn.Parameter, ObservedLayer] = {}
+        known: dict[int, ObservedLayer] = {}  # by id, since a tensor's hash runs Python
         found: dict[str, nn.Parameter] = {}
         for layer in self._layers:
             for p in layer.trainable().values():
-                other = known.setdefault(p, layer)
+                other = known.setdefault(id(p), layer)
                 if other is not layer and layer not in self._tied:
                     raise RuntimeError(faults.tied_later(other.observed_name, layer.observed_name))
                 if p.grad is not None:
                     found[layer.observed_name] = p
         if not self.partial:
             for p in parameters_with_grad(self.model):
-                if p not in known:
+                if id(p) not in known:
                     name = parameter_name(self.model, p)
                     raise RuntimeError(
                         f"parameter {name!r} has a gradient, but no layer that is observed: it was "
@@ -364,7 +354,8 @@ class Observer(Recorder):
     ) -> None:
         """`check_calls`, with what the probe says."""
         check_calls(
-            {layer: self._names[p] for layer, p in with_grad.items()},
+            with_grad,
+            self._names,
             self._seen,
             {layer.observed_name for layer in self._tied},
             most - self._notified_calls,

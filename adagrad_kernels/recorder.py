@@ -107,6 +107,7 @@ class Recorder:
     def _make_probe(self, capacity: int, device: torch.device) -> None:
         shape = (2, capacity)
         self.probe = torch.zeros(shape, dtype=self._dtype, device=device, requires_grad=True)
+        self._capacity, self._device = capacity, self.probe.device  # asking tensors takes longer
         # The garbage collector does not see through a tensor's hooks: hence a weak one.
         of_this = weakref.WeakMethod(self._collect)
 
@@ -125,9 +126,8 @@ class Recorder:
 
     def probe_for(self, x: Tensor) -> Tensor:
         """The probe, with room for x's samples and on its device."""
-        probe = self.probe
-        if x.shape[0] > probe.shape[1] or x.device != probe.device:
-            self._make_probe(max(x.shape[0], probe.shape[1]), x.device)
+        if x.shape[0] > self._capacity or x.device != self._device:
+            self._make_probe(max(x.shape[0], self._capacity), x.device)
         return self.probe
 
     def coordinate_probe(self, parameter: nn.Parameter) -> Tensor:
@@ -143,8 +143,9 @@ class Recorder:
     def on_forward(self, call: Call) -> None:
         """Notified of each eager layer call in the forward pass."""
         if torch._C._current_graph_task_id() == -1:  # a checkpoint's second forward is no new call
-            self._forward_calls[call.key] += 1
-            self._pending[call.key] += 1
+            key, made, pending = call.key, self._forward_calls, self._pending
+            made[key] = made.get(key, 0) + 1  # not +=, for which a Counter runs Python
+            pending[key] = pending.get(key, 0) + 1
             if self._first is not None:
                 self._had_grads |= any(p.grad is not None for p in self._names)
         elif not self._pending[call.key]:  # of a reentrant checkpoint, whose first had no graph
@@ -189,13 +190,15 @@ class Recorder:
         self._again |= again
         needed = self.inner_products or again or layer in self._tied
         compared = self._first is not None and not self._had_grads
-        kept = ()
+        kept: tuple[Tensor, ...] = ()
         if sample_grads is None and (needed or compared):
             kept = tuple(t.detach() for t in saved)
         observed = ObservedCall(layer, call, saved[0].shape[0], kept, sample_grads)
         if self._first is not None and compared:
             self._first.add(observed)
-        self._calls.append(observed if needed else observed._replace(saved=()))
+            if not needed:
+                observed = observed._replace(saved=())
+        self._calls.append(observed)
 
     def _begin_again(self) -> None:
         """The first backward pass, if there has been none that was complete."""

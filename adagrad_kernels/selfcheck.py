@@ -148,7 +148,8 @@ def is_explained(
 
 
 def check_calls(
-    with_grad: Mapping[str, str],
+    with_grad: Mapping[str, nn.Parameter],
+    names: Mapping[nn.Parameter, str],
     seen: Set[str],
     tied: Set[str],
     unseen_calls: float,
@@ -161,7 +162,8 @@ def check_calls(
     Calls of compiled graphs are counted by the probe alone, as a rule: "unseen".
 
     Args:
-        with_grad: layers with a gradient, and one of its parameters' names.
+        with_grad: layers with a gradient, and one of its parameters.
+        names: of the parameters.
         seen: layers whose calls have reported.
         tied: layers that share parameters.
         unseen_calls: how many calls a sample the probe has counted beyond those.
@@ -174,9 +176,9 @@ def check_calls(
     """
     missing = [layer for layer in with_grad if layer not in seen | tied]
     if missing and len(missing) > unseen_calls:
-        names = ", ".join(repr(with_grad[layer]) for layer in missing)
+        among = ", ".join(repr(names[with_grad[layer]]) for layer in missing)
         raise RuntimeError(
-            f"parameters got a gradient but no statistics: among {names}. They were used "
+            f"parameters got a gradient but no statistics: among {among}. They were used "
             "outside their layer's forward, or their gradient is an old one: call the layer, "
             "and zero_grad(set_to_none=True) after each step"
         )
@@ -220,12 +222,16 @@ def check_bounded(
 
 def parameters_with_grad(module: nn.Module) -> Iterator[nn.Parameter]:
     """The module's trainable parameters with a gradient, some twice; faster than `parameters()`."""
-    for p in module._parameters.values():
-        if p is not None and p.requires_grad and p.grad is not None:
-            yield p
-    for child in module._modules.values():
-        if child is not None:
-            yield from parameters_with_grad(child)
+    left: list[nn.Module | None] = [module]
+    while left:
+        module_ = left.pop()
+        if module_ is None:
+            continue
+        for p in module_._parameters.values():
+            if p is not None and p.requires_grad and p.grad is not None:
+                yield p
+        if module_._modules:
+            left.extend(reversed(module_._modules.values()))
 
 
 def parameter_name(model: nn.Module, parameter: Tensor) -> str:

@@ -104,13 +104,6 @@ def test_a_trainable_parameter_that_nobody_updates(kind: str) -> None:
         of_parameters(kind, model, params)
 
 
-def test_an_observer_is_not_copied() -> None:
-    observer = ak.observe(nn.Linear(3, 2))
-    with pytest.raises(TypeError, match="observe the copy"):
-        copy.deepcopy(observer)
-    assert type(copy.deepcopy(observer.model)) is nn.Linear
-
-
 @pytest.mark.parametrize(
     "transformed",
     [

@@ -263,16 +263,11 @@ def scaled(model: nn.Module, observer: ak.Observer) -> None:
     observer.accept_changes()
 
 
-def replaced(model: nn.Module, observer: ak.Observer) -> None:
-    for p in model.parameters():
-        p.grad = p.grad * 0.5
-
-
 def masked(model: nn.Module, observer: ak.Observer) -> None:
     model[0].weight.grad.data[:15] = 0
 
 
-CHANGES = {f.__name__: f for f in (scaled, replaced, masked)}
+CHANGES = {f.__name__: f for f in (scaled, masked)}
 
 
 @pytest.mark.parametrize("how", [*CHANGES, "hooks"])
@@ -290,7 +285,6 @@ def test_gradients_that_are_changed_after_the_first_step(summed: list[bool], how
         for p in model.parameters():
             p.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
     loss(model(x)).backward()
-    before = [p.grad for p in model.parameters()]  # else new ones might look like them
     if how in CHANGES:
         CHANGES[how](model, observer)
     s = observer.statistics()
@@ -298,7 +292,6 @@ def test_gradients_that_are_changed_after_the_first_step(summed: list[bool], how
     now = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(s.inner_products, per_sample(model, loss, x).g @ now)
     observer.detach()
-    del before
 
 
 def test_parameters_unfrozen_after_the_pass() -> None:

@@ -7,6 +7,7 @@ and S after them).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -41,12 +42,15 @@ def affine_grads(
     need_x, need_w, need_b, _, need_ws, need_bs = ctx.needs_input_grad[:6]
     wanted = (probe.shape[1], need_w, need_b, need_ws or need_bs)
     g, a = grad_out.reshape(view), x.reshape(view)
-    statistics = (t.expand(view[0], -1, -1, -1) for t in (mean, rstd) if t is not None)
+    statistics = [t for t in (mean, rstd) if t is not None]
+    if statistics and len(statistics[0]) != view[0]:
+        statistics = [t.expand(view[0], -1, -1, -1) for t in statistics]
     saved = (a, *statistics, g)
     grad_x = sample_grads = None
     if need_x and input_grad and rstd is not None:
         keeps = wants_sample_grads(ctx.call)
-        grad_x, *found, c = ops.norm_backward(g, a, mean, rstd, weight.reshape(-1), *wanted, keeps)
+        scale = _shaped(weight, (view[2],))
+        grad_x, *found, c = ops.norm_backward(g, a, mean, rstd, scale, *wanted, keeps)
         grad_x = grad_x.reshape(x.shape)
         if keeps:  # they are much smaller than the operands
             own = zip(("weight", "bias"), (need_w, need_b), c.unbind(1), strict=True)
@@ -58,12 +62,17 @@ def affine_grads(
     grad_w, grad_b, grad_p, sums_w, sums_b = found
     return (
         grad_x,
-        as_grad(grad_w.reshape(weight.shape), weight.dtype, True) if need_w else None,
-        as_grad(grad_b.reshape(bias.shape), bias.dtype, True) if need_b else None,
+        as_grad(_shaped(grad_w, weight.shape), weight.dtype, True) if need_w else None,
+        as_grad(_shaped(grad_b, bias.shape), bias.dtype, True) if need_b else None,
         counted(grad_p, probe, ctx.call, *saved),
-        sums_w.reshape(weight.shape) if need_ws else None,
-        sums_b.reshape(bias.shape) if need_bs else None,
+        _shaped(sums_w, weight.shape) if need_ws else None,
+        _shaped(sums_b, bias.shape) if need_bs else None,
     )
+
+
+def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """As `reshape`, which takes longer where there is nothing to do."""
+    return t if t.dim() == len(shape) else t.reshape(shape)
 
 
 def by_channel(statistic: Tensor, channels: int) -> Tensor:

@@ -67,7 +67,7 @@ class Call(NamedTuple):
 NO_LISTENER = Call()
 """The call without a listener."""
 
-_listeners: weakref.WeakValueDictionary[int, CallListener] = weakref.WeakValueDictionary()
+_listeners: dict[int, weakref.ref[CallListener]] = {}
 _keys = itertools.count(1)
 
 
@@ -85,15 +85,20 @@ def listen(listener: CallListener) -> int:
         backward of [[3, 2], [3, 1]]
     """
     key = next(_keys)
-    _listeners[key] = listener
+    _listeners[key] = weakref.ref(listener, lambda _: _listeners.pop(key, None))
     return key
+
+
+def _listener(key: int) -> CallListener | None:
+    reference = _listeners.get(key)
+    return None if reference is None else reference()
 
 
 def wants_sample_grads(call: Call) -> bool:
     """Whether to `notify` of c_i where they are cheap."""
     if not call.key or torch.compiler.is_compiling():
         return False
-    listener = _listeners.get(call.key)
+    listener = _listener(call.key)
     return listener is not None and listener.wants_sample_grads(call)
 
 
@@ -106,7 +111,7 @@ def notify(call: Call, *saved: Tensor, sample_grads: Mapping[str, Tensor] | None
 def _notify(
     call: Call, saved: Sequence[Tensor], sample_grads: Mapping[str, Tensor] | None = None
 ) -> None:
-    listener = _listeners.get(call.key)
+    listener = _listener(call.key)
     if listener is not None:
         listener.on_backward(call, tuple(saved), sample_grads)
 
@@ -153,7 +158,8 @@ def refuse_double_backward() -> None:
 
 def counted(grad_probe: Tensor, probe: Tensor, call: Call, *saved: Tensor) -> Tensor:
     """The probe's gradient, without row 1 if the call does not count; `saved` as for `notify`."""
-    grad_probe = grad_probe.to(probe.dtype)
+    if grad_probe.dtype != probe.dtype:
+        grad_probe = grad_probe.to(probe.dtype)
     if call.key and torch.compiler.is_compiling():
         grad_probe = cast(Tensor, _notify_from_graph(grad_probe, call.key, call.counts, saved))
     if call.counts:
@@ -163,12 +169,14 @@ def counted(grad_probe: Tensor, probe: Tensor, call: Call, *saved: Tensor) -> Te
 
 def as_grad(grad: Tensor, dtype: torch.dtype | None, wanted: bool) -> Tensor | None:
     """A gradient in its tensor's dtype, or None if it is not wanted or there is no tensor."""
-    return grad.to(dtype) if wanted and dtype is not None else None
+    if not wanted or dtype is None:
+        return None
+    return grad if grad.dtype == dtype else grad.to(dtype)
 
 
 def dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
     """Of the tensors that are there."""
-    return tuple(None if t is None else t.dtype for t in tensors)
+    return tuple([None if t is None else t.dtype for t in tensors])
 
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:

@@ -54,16 +54,32 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> product(torch.ones(2, 3), torch.ones(1, 3), torch.ones(1)).tolist()
         [[4.0], [4.0]]
     """
-    if (
-        _onednn is None
-        or x.dtype != torch.float32
-        or x.device.type != "cpu"
-        or not torch.backends.mkldnn.enabled  # pyright: ignore[reportAttributeAccessIssue]
-    ):
-        return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
-        large = weight.numel() >= LEAST_WEIGHT
-        return cast(Tensor, _in_graph(x, weight, bias)) if large else F.linear(x, weight, bias)
-    if x.numel() * weight.shape[0] < LEAST:
+        if weight.numel() >= LEAST_WEIGHT and _suits(x):
+            return cast(Tensor, _in_graph(x, weight, bias))
+        return F.linear(x, weight, bias)
+    if x.numel() * weight.shape[0] < LEAST or not _suits(x):
         return F.linear(x, weight, bias)
     return _onednn(x, weight, bias, "none", [], "")
+
+
+def product_of_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x W, not differentiable; x [..., O], weight [O, I]. As `product` with Wᵀ.
+
+    Example:
+        >>> product_of_rows(torch.ones(2, 1), torch.ones(1, 3)).tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    if not torch.compiler.is_compiling() and x.numel() * weight.shape[1] < LEAST:
+        return x @ weight
+    return product(x, weight.t())
+
+
+def _suits(x: Tensor) -> bool:
+    """Whether oneDNN is there for it."""
+    return (
+        _onednn is not None
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and bool(torch.backends.mkldnn.enabled)  # pyright: ignore[reportAttributeAccessIssue]
+    )

@@ -18,7 +18,7 @@ from ._call import (
     notify,
     refuse_double_backward,
 )
-from ._product import product
+from ._product import product, product_of_rows
 
 
 class _Linear(torch.autograd.Function):
@@ -40,7 +40,7 @@ class _Linear(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         need_x, need_w, need_b, _, need_ws, need_bs, *_ = ctx.needs_input_grad
         notify(ctx.call, x, grad_out)
-        grad_x = product(grad_out, weight.t()) if need_x else None
+        grad_x = product_of_rows(grad_out, weight) if need_x else None
         coordinates = need_ws or need_bs
         update = ctx.update if need_w and not coordinates else None
         if update is not None and update.takes(ctx.call, ctx.next_functions[1][0]):

@@ -175,9 +175,10 @@ class AdAdaGrad(AdaptiveAdagrad):
 
     def _update(self, work: list[Work], gradient_scale: float) -> Updated:
         runs: dict[tuple[Any, ...], list[Work]] = {}
+        alone = self.ranks.size == 1
         for w in work:
             group = w.group
-            copies = self.ranks.copies(w.param)
+            copies = 1 if alone else self.ranks.copies(w.param)
             options = w.lr, group["eps"], group["weight_decay"], group["maximize"], copies
             runs.setdefault(options, []).append(w)
         if len(runs) > 1:  # each is checked for itself

@@ -169,18 +169,28 @@ class AdaptiveAdagrad(Cycled, Optimizer):
 
     def state_and_rate(self, p: Tensor, group: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """A parameter's state, made where it is missing, and its lr_k."""
+        return self._state_and_rate(p, group, self._rate(group))
+
+    def _rate(self, group: dict[str, Any]) -> float:
+        """Of the parameters in a group, before its decay."""
+        return float(group["lr"]) * self.cycle.controller.lr_factor
+
+    def _state_and_rate(
+        self, p: Tensor, group: dict[str, Any], rate: float
+    ) -> tuple[dict[str, Any], float]:
         state = self._init_state(p, group)
-        rate = float(group["lr"]) * self.cycle.controller.lr_factor
         if group["lr_decay"]:
             rate /= 1 + float(state["step"]) * group["lr_decay"]
         return state, rate
 
     def _work(self) -> Iterator[Work]:
         for group in self.param_groups:
+            rate = self._rate(group)
             for p in group["params"]:
-                if p.grad is None or not p.requires_grad:
+                grad = p.grad
+                if grad is None or not p.requires_grad:
                     continue  # frozen: an old gradient is not followed
-                yield Work(group, p, p.grad, *self.state_and_rate(p, group))
+                yield Work(group, p, grad, *self._state_and_rate(p, group, rate))
 
     def _coordinate_sums(self, work: list[Work]) -> list[Tensor]:
         """Σ_i c_i² for the update's kernel, where the coming test looks at coordinates."""

@@ -413,7 +413,8 @@ def _checked(decision: object, criterion: Criterion) -> Decision:
             f"evaluate() of {criterion!r} must return a Decision with a batch_size of at least 1, "
             f"got {decision!r}; the weights have been updated before the test"
         )
-    return replace(decision, batch_size=ceil(decision.batch_size))
+    size = decision.batch_size
+    return decision if type(size) is int else replace(decision, batch_size=ceil(size))
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <vector>
+
 namespace adagrad_kernels {
 
 using torch::headeronly::ScalarType;
@@ -28,6 +30,33 @@ inline ScalarType compute_type(const Tensor& t) {
 inline Tensor as_compute(const Tensor& t) {
   const ScalarType type = compute_type(t);
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+// torch's ops are looked up by name in every call, most of a microsecond: what needs none is not
+// asked of them.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor converted(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+// Not initialised, with the dtype and device of another one.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  bool empty = false;
+  for (const int64_t size : sizes) empty = empty || size == 0;
+  if (!empty) return torch::stable::new_empty(like, sizes);
+  const std::vector<int64_t> strides(sizes.size(), 1);
+  int32_t dtype, device_type, device_index;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), dtype,
+                                                         device_type, device_index, &made));
+  return Tensor(made);
 }
 
 template <class T>
@@ -74,11 +103,10 @@ inline Tensor laid_out_as(const Tensor& t, const Tensor& model, ScalarType type,
   for (int64_t d = 0; shapes && d < t.dim(); ++d) shapes = t.size(d) == model.size(d);
   STD_TORCH_CHECK(shapes, "adagrad: the shape of ", what, " ", index,
                   " is not that of its parameter");
-  const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
-  if (same_layout(converted, model)) return converted;
-  Tensor copy = torch::stable::empty_like(
-      model.scalar_type() == type ? model : torch::stable::to(model, type));
-  torch::stable::copy_(copy, converted);
+  const Tensor same = converted(t, type);
+  if (same_layout(same, model)) return same;
+  Tensor copy = torch::stable::empty_like(converted(model, type));
+  torch::stable::copy_(copy, same);
   return copy;
 }
 

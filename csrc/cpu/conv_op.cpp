@@ -14,14 +14,27 @@ struct Three {
 };
 
 // [b, C, *D] with the missing leading spatial dimensions as size one.
-Tensor with_three_dimensions(Tensor t) {
-  while (t.dim() < 5) t = torch::stable::unsqueeze(t, 2);
-  return t;
-}
+struct Images {
+  Images() = default;
+  explicit Images(const Tensor& given) : tensor(given) {
+    const int64_t missing = 5 - tensor.dim();
+    for (int64_t d = 4; d >= 0; --d) {
+      const bool there = d < 2 || d >= 2 + missing;
+      const int64_t from = d < 2 ? d : d - missing;
+      sizes[d] = there ? tensor.size(from) : 1;
+      strides[d] = there ? tensor.stride(from) : sizes[d + 1] * strides[d + 1];
+    }
+  }
+  int64_t size(int64_t d) const { return sizes[d]; }
+  int64_t stride(int64_t d) const { return strides[d]; }
+
+  Tensor tensor;
+  int64_t sizes[5], strides[5];
+};
 
 // A convolution's weight gradient as weight_grad.inl sees it.
 struct Convolution {
-  Tensor grad_out, input;  // with three spatial dimensions, float or double
+  Images grad_out, input;  // float or double
   int64_t groups, samples, channels, out_channels, members, padding[3], padded[3];
   std::vector<int64_t> base, position;
 
@@ -47,14 +60,14 @@ struct Convolution {
         groups > 0 && input_any.size(1) % groups == 0 && grad_out_any.size(1) % groups == 0, op,
         ": ", input_any.size(1), " input and ", grad_out_any.size(1),
         " output channels do not divide into ", groups, " groups");
-    grad_out = with_three_dimensions(as_compute(grad_out_any));
-    input = with_three_dimensions(as_compute(input_any));
+    grad_out = Images(as_compute(grad_out_any));
+    input = Images(as_compute(input_any));
     const Three kernel(kernel_size, 1), stride(stride_any, 1), zeros(padding_any, 0);
     const Three dilation(dilation_any, 1);
     // The kernel walks the positions of grad_out by one stride.
     if (grad_out.stride(3) != grad_out.size(4) * grad_out.stride(4) ||
         (grad_out.size(2) > 1 && grad_out.stride(2) != grad_out.size(3) * grad_out.stride(3))) {
-      grad_out = torch::stable::contiguous(grad_out);
+      grad_out = Images(as_contiguous(grad_out.tensor));
     }
     samples = input.size(0), channels = input.size(1) / groups, out_channels = grad_out.size(1);
     for (int64_t d = 0; d < 3; ++d) {
@@ -85,13 +98,13 @@ struct Convolution {
   template <class T>
   WeightGrad<T> operands() const {
     WeightGrad<T> a = {};
-    a.wide = const_data<T>(grad_out);
+    a.wide = const_data<T>(grad_out.tensor);
     a.wide_sample = grad_out.stride(0);
     a.wide_lane = grad_out.stride(1);
     a.wide_position = grad_out.stride(4);
     a.lanes = out_channels / groups;
     a.panel_width = panel_width<T>(a.lanes);
-    a.narrow = const_data<T>(input);
+    a.narrow = const_data<T>(input.tensor);
     a.narrow_sample = input.stride(0);
     a.narrow_channel = input.stride(1);
     a.narrow_frame = input.stride(2);
@@ -116,8 +129,8 @@ struct Convolution {
 
   // An output like the operands, not initialised unless nothing will be written; [0] if unwanted.
   Tensor output(bool wanted, const std::vector<int64_t>& shape) const {
-    if (!wanted) return new_empty(grad_out, {0});
-    return samples > 0 ? new_empty(grad_out, shape) : new_zeros(grad_out, shape);
+    if (!wanted) return allocate(grad_out.tensor, {0});
+    return samples > 0 ? allocate(grad_out.tensor, shape) : new_zeros(grad_out.tensor, shape);
   }
 };
 
@@ -136,14 +149,14 @@ LayerGrads conv_weight_grad_cpu(const Tensor& grad_out, const Tensor& input,
   const Outputs out = {conv.output(weight, shape), conv.output(weight && coordinates, shape),
                        conv.output(bias, {conv.out_channels}),
                        conv.output(bias && coordinates, {conv.out_channels})};
-  const Tensor probe = make_probe(conv.grad_out, capacity, conv.samples);
+  const Tensor probe = make_probe(conv.grad_out.tensor, capacity, conv.samples);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     std::vector<double> norms(conv.samples, 0.0);
     run_weight_grad(conv.operands<T>(), groups, conv.samples, true, coordinates, out, norms);
     fill_probe<T>(probe, conv.samples, [&](int64_t i) { return static_cast<T>(norms[i]); });
   };
-  is_double(conv.grad_out) ? run(0.0) : run(0.0f);
+  is_double(conv.grad_out.tensor) ? run(0.0) : run(0.0f);
   return {out.grad, out.wide_grad, probe, out.grad_sq, out.wide_grad_sq};
 }
 
@@ -164,7 +177,7 @@ std::tuple<Tensor, Tensor> conv_sample_grads_cpu(const Tensor& grad_out, const T
     run_sample_grads(conv.operands<T>(), groups, conv.samples, data<T>(grads),
                      bias ? data<T>(bias_grads) : nullptr);
   };
-  is_double(conv.grad_out) ? run(0.0) : run(0.0f);
+  is_double(conv.grad_out.tensor) ? run(0.0) : run(0.0f);
   return {grads, bias_grads};
 }
 

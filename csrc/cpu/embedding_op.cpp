@@ -48,12 +48,11 @@ std::tuple<Tensor, Tensor, Tensor> embedding_weight_grad_cpu(const Tensor& grad_
                                                              int64_t num_embeddings,
                                                              int64_t padding_idx, int64_t capacity,
                                                              bool coordinates) {
-  const Tensor grad_out = torch::stable::contiguous(as_compute(grad_out_any));
+  const Tensor grad_out = as_contiguous(as_compute(grad_out_any));
   STD_TORCH_CHECK(
       indices_any.scalar_type() == ScalarType::Long || indices_any.scalar_type() == ScalarType::Int,
       "embedding_weight_grad: indices must be int64 or int32");
-  const Tensor indices =
-      torch::stable::contiguous(torch::stable::to(indices_any, ScalarType::Long));
+  const Tensor indices = as_contiguous(converted(indices_any, ScalarType::Long));
   const int64_t dims = indices.dim();
   bool fits = dims >= 1 && grad_out.dim() == dims + 1;
   for (int64_t d = 0; fits && d < dims; ++d) fits = indices.size(d) == grad_out.size(d);
@@ -70,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_weight_grad_cpu(const Tensor& grad_
   }
   const Tensor grad = new_zeros(grad_out, {num_embeddings, width});
   const Tensor sums =
-      coordinates ? new_zeros(grad_out, {num_embeddings, width}) : new_empty(grad_out, {0});
+      coordinates ? new_zeros(grad_out, {num_embeddings, width}) : allocate(grad_out, {0});
   const Tensor probe = make_probe(grad_out, capacity, samples);
   const std::vector<int64_t> order = token_order(tokens, samples, positions);
   const auto typed = [&](auto zero) {

@@ -15,8 +15,8 @@ struct Operands {
 };
 
 Operands operands(const char* op, const Tensor& grad_out_any, const Tensor& input_any) {
-  const Tensor grad_out = torch::stable::contiguous(as_compute(grad_out_any));
-  const Tensor input = torch::stable::contiguous(as_compute(input_any));
+  const Tensor grad_out = as_contiguous(as_compute(grad_out_any));
+  const Tensor input = as_contiguous(as_compute(input_any));
   const int64_t dims = input.dim();
   STD_TORCH_CHECK(dims >= 2 && grad_out.dim() == dims && input.size(0) == grad_out.size(0) &&
                       input.scalar_type() == grad_out.scalar_type(),
@@ -159,8 +159,8 @@ LayerGrads linear_weight_grad_cpu(const Tensor& grad_out, const Tensor& input, i
                                   bool weight, bool bias, bool coordinates) {
   const Operands in = operands("linear_weight_grad", grad_out, input);
   const Tensor& like = in.grad_out;
-  Outputs out = {new_empty(like, {0}), new_empty(like, {0}), new_empty(like, {0}),
-                 new_empty(like, {0})};
+  const Tensor none = allocate(like, {0});
+  Outputs out = {allocate(like, {0}), allocate(like, {0}), none, none};
   if (weight) {
     // Without samples nothing is written.
     const auto make = [&] {
@@ -171,8 +171,8 @@ LayerGrads linear_weight_grad_cpu(const Tensor& grad_out, const Tensor& input, i
     if (coordinates) out.grad_sq = make();
   }
   weight = out.grad.numel() != 0;
-  Tensor grad_bias = new_empty(like, {bias ? in.out_features : 0});
-  Tensor bias_sums = new_empty(like, {bias && coordinates ? in.out_features : 0});
+  Tensor grad_bias = allocate(like, {bias ? in.out_features : 0});
+  Tensor bias_sums = allocate(like, {bias && coordinates ? in.out_features : 0});
   Tensor probe = make_probe(like, capacity, in.samples);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -209,11 +209,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_adagrad_cpu(
                                           maximize, grad_scale, samples);
     return {norm, reductions, grad_bias, probe, weight_sums, bias_sums};
   }
-  Outputs out = {new_empty(like, {0}), new_empty(like, {0}), new_empty(like, {0}),
-                 new_empty(like, {0})};
+  const Tensor none = allocate(like, {0});
+  Outputs out = {none, allocate(like, {0}), none, none};
   if (coordinates) out.grad_sq = new_empty(like, {in.out_features, in.in_features});
-  Tensor grad_bias = new_empty(like, {bias ? in.out_features : 0});
-  Tensor bias_sums = new_empty(like, {bias && coordinates ? in.out_features : 0});
+  Tensor grad_bias = allocate(like, {bias ? in.out_features : 0});
+  Tensor bias_sums = allocate(like, {bias && coordinates ? in.out_features : 0});
   Tensor probe = make_probe(like, capacity, samples);
   const AdagradOptions options = {lr,         eps,      weight_decay,
                                   grad_scale, maximize, static_cast<double>(samples)};

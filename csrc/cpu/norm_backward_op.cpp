@@ -98,18 +98,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward
   const bool bfloat16 = by_sample && input_any.scalar_type() == ScalarType::BFloat16;
   const Tensor given = bfloat16 ? input_any : as_compute(input_any);
   const bool channels_last = inner == 1 || (!given.is_contiguous() && is_channels_last(given));
-  const Tensor input = channels_last && inner > 1 ? given : torch::stable::contiguous(given);
+  const Tensor input = channels_last && inner > 1 ? given : as_contiguous(given);
   const auto same_as_input = [&](const Tensor& t) {
     const ScalarType same = input.scalar_type();
-    const Tensor converted = t.scalar_type() == same ? t : torch::stable::to(t, same);
-    if (same_layout(converted, input)) return converted;
+    const Tensor found = converted(t, same);
+    if (same_layout(found, input)) return found;
     Tensor copy = torch::stable::empty_like(input);
-    return torch::stable::copy_(copy, converted);
+    return torch::stable::copy_(copy, found);
   };
-  const auto flat = [&](const Tensor& t) {
-    if (t.scalar_type() == type && t.is_contiguous()) return t;
-    return torch::stable::contiguous(torch::stable::to(t, type));
-  };
+  const auto flat = [&](const Tensor& t) { return as_contiguous(converted(t, type)); };
   const Tensor grad_out = same_as_input(grad_out_any);
   const Tensor rstd = flat(rstd_any), mean = mean_any ? flat(*mean_any) : rstd;
   const Tensor scale = flat(scale_any);
@@ -119,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward
   const Tensor result = direct ? grad_input : torch::stable::empty_like(input);
   const ScaleOutputs outputs(rstd, channels, weight, bias, coordinates);
   const Tensor probe = make_probe(rstd, capacity, samples);
-  const Tensor sample_grads = new_empty(rstd, {samples_wanted ? samples : 0, 2, channels});
+  const Tensor sample_grads = allocate(rstd, {samples_wanted ? samples : 0, 2, channels});
   const auto typed = [&](auto zero) {
     using T = decltype(zero);
     const NormBackward<T> a = {const_data<T>(grad_out),

@@ -174,7 +174,7 @@ Tensor grad_norm_sq_cpu(const std::vector<Tensor>& tensors) {
   slots.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor t = as_compute(tensors[i]);
-    const Tensor work = dense(t) ? t : torch::stable::contiguous(t);
+    const Tensor work = dense(t) ? t : as_contiguous(t);
     slots.push_back({i, tensors[i], work, work, work, work});
   }
   AdagradOptions options = {};

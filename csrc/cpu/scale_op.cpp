@@ -16,7 +16,7 @@ Broadcast broadcast(const std::optional<Tensor>& given, double fill, const Tenso
     return {torch::stable::fill_(one, fill), {0, 0, 0}};
   }
   STD_TORCH_CHECK(given->dim() == 4, "scale_weight_grad: mean and rstd have four dimensions");
-  Broadcast b = {torch::stable::to(*given, like.scalar_type()), {0, 0, 0}};
+  Broadcast b = {converted(*given, like.scalar_type()), {0, 0, 0}};
   for (int64_t d = 0; d < 4; ++d) {
     const int64_t size = b.values.size(d);
     STD_TORCH_CHECK(size == 1 || (d < 3 && size == like.size(d)),
@@ -46,9 +46,8 @@ LayerGrads scale_weight_grad_cpu(const Tensor& grad_out_any, const Tensor& input
                                  const std::optional<Tensor>& mean_any,
                                  const std::optional<Tensor>& rstd_any, int64_t capacity,
                                  bool weight, bool bias, bool coordinates) {
-  const Tensor grad_out = torch::stable::contiguous(as_compute(grad_out_any));
-  const Tensor input =
-      torch::stable::contiguous(torch::stable::to(input_any, grad_out.scalar_type()));
+  const Tensor grad_out = as_contiguous(as_compute(grad_out_any));
+  const Tensor input = as_contiguous(converted(input_any, grad_out.scalar_type()));
   bool fits = grad_out.dim() == 4 && input.dim() == 4;
   for (int64_t d = 0; fits && d < 4; ++d) fits = grad_out.size(d) == input.size(d);
   STD_TORCH_CHECK(fits, "scale_weight_grad: expected grad_out and input of one shape [b, T, C, S]");

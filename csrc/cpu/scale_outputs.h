@@ -13,8 +13,8 @@ struct ScaleOutputs {
   ScaleOutputs(const Tensor& like, int64_t channels, bool weight, bool bias, bool coordinates) {
     const bool wanted[2] = {weight, bias};
     for (int k = 0; k < 2; ++k) {
-      grad[k] = new_empty(like, {wanted[k] ? channels : 0});
-      sums[k] = new_empty(like, {wanted[k] && coordinates ? channels : 0});
+      grad[k] = allocate(like, {wanted[k] ? channels : 0});
+      sums[k] = allocate(like, {wanted[k] && coordinates ? channels : 0});
     }
   }
 

@@ -57,7 +57,7 @@ static void sample_statistics_into(const Tensor& g, const Tensor& sum, const Ten
 std::tuple<Tensor, Tensor, Tensor> sample_statistics_cpu(const Tensor& input) {
   STD_TORCH_CHECK(input.dim() == 2, "sample_statistics: expected g [b, P], got ", input.dim(),
                   " dimensions");
-  const Tensor g = torch::stable::contiguous(as_compute(input));
+  const Tensor g = as_contiguous(as_compute(input));
   Tensor sum = new_empty(g, {g.size(1)}), sum_sq = new_empty(g, {g.size(1)});
   Tensor norms_sq = new_empty(g, {g.size(0)});
   if (is_double(g)) {
