@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -245,6 +246,8 @@ def _distribution(weights: Tensor | Sequence[float], length: int, shuffle: bool)
         raise ValueError(f"weights must have shape [{length}], got {list(found.shape)}")
     if not (found.isfinite().all() and (found >= 0).all() and found.any()):
         raise ValueError("weights must be finite, none negative, and not all zero")
+    if not 1e-300 < float(found.sum()) < math.inf:
+        raise ValueError(f"weights must have a sum in float64's range, got {float(found.sum())}")
     if not shuffle:
         raise ValueError("weights draw samples at random, which shuffle=False rules out")
     return found

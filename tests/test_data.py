@@ -307,6 +307,8 @@ class TestWeights:
             ([1.0, -1.0, 1.0], "none negative"),
             ([1.0, float("nan"), 1.0], "finite"),
             ([0.0, 0.0, 0.0], "not all zero"),
+            ([1e308, 1e308, 1e308], "float64.s range"),
+            ([5e-324, 5e-324, 0.0], "float64.s range"),
         ],
     )
     def test_no_distribution(self, weights: list[float], message: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -96,6 +97,9 @@ class _Layer(NamedTuple):
 GradOfSamples = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(grad_out, input) → (gradient of the weight, of the bias), summed over the samples."""
 
+Op = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""(grad_out, input) → what `ops.linear_weight_grad` returns."""
+
 
 def _one_by_one(grad: GradOfSamples, grad_out: Tensor, input: Tensor) -> list[Tensor]:
     """Sums, squared norms and sums of squares, from one sample's gradient after the other."""
@@ -114,8 +118,10 @@ def _one_by_one(grad: GradOfSamples, grad_out: Tensor, input: Tensor) -> list[Te
 
 def _layer(
     name: str, shape: str, grad_out_shape: Sequence[int], input_shape: Sequence[int],
-    grad: GradOfSamples, op: Callable[[Tensor, Tensor, bool], tuple[Tensor, ...]],
+    grad: GradOfSamples, op: Callable[[bool], Op], others: Mapping[str, Op] = MappingProxyType({}),
 ) -> Case:  # fmt: skip
+    """`op` without and with coordinates, and others with them."""
+
     def inputs() -> _Layer:
         random = torch.Generator().manual_seed(0)
         d = torch.randn(*grad_out_shape, generator=random)
@@ -127,10 +133,10 @@ def _layer(
     def alone(x: _Layer) -> Variant:
         return Variant(lambda: grad(x.grad_out, x.input), lambda: None)
 
-    def ours(coordinates: bool) -> Callable[[_Layer], Variant]:
+    def ours(op: Op, coordinates: bool) -> Callable[[_Layer], Variant]:
         def make(x: _Layer) -> Variant:
             def run() -> tuple[Tensor, ...]:
-                return op(x.grad_out, x.input, coordinates)
+                return op(x.grad_out, x.input)
 
             def results() -> list[Tensor]:
                 weight, bias, probe, weight_squares, bias_squares = run()
@@ -145,7 +151,11 @@ def _layer(
     return Case(
         name, shape, input_shape[0], inputs,
         plain={"weight gradient alone": alone},
-        variants={"+ norms": ours(False), "+ norms + coordinates": ours(True)},
+        variants={
+            "+ norms": ours(op(False), False),
+            "+ norms + coordinates": ours(op(True), True),
+            **{variant: ours(other, True) for variant, other in others.items()},
+        },
     )  # fmt: skip
 
 
@@ -154,8 +164,8 @@ def _linear(b: int, positions: int, in_features: int, out_features: int) -> Case
         d, x = grad_out.flatten(0, -2), input.flatten(0, -2)
         return d.t().mm(x), d.sum(0)
 
-    def op(grad_out: Tensor, input: Tensor, coordinates: bool) -> tuple[Tensor, ...]:
-        return ops.linear_weight_grad(grad_out, input, b, True, True, coordinates)
+    def op(coordinates: bool) -> Op:
+        return lambda g, x: ops.linear_weight_grad(g, x, b, True, True, coordinates)
 
     middle = (positions,) if positions > 1 else ()
     what = f"{b}x{positions}x{in_features}to{out_features}"
@@ -178,14 +188,21 @@ def _conv(b: int, channels: int, out: int, kernel: int, height: int, padding: in
         )  # fmt: skip
         return grad_weight, grad_bias
 
-    def op(grad_out: Tensor, input: Tensor, coordinates: bool) -> tuple[Tensor, ...]:
-        return ops.conv_weight_grad(
-            grad_out, input, [kernel] * 2, [1, 1], [padding] * 2, [1, 1], 1,
-            b, True, True, coordinates,
-        )  # fmt: skip
+    shape = [kernel] * 2, [1, 1], [padding] * 2, [1, 1], 1
+
+    def op(coordinates: bool) -> Op:
+        return lambda g, x: ops.conv_weight_grad(g, x, *shape, b, True, True, coordinates)
+
+    def by_samples(grad_out: Tensor, input: Tensor) -> tuple[Tensor, ...]:
+        of_weight, of_bias = ops.conv_sample_grads(grad_out, input, *shape)
+        weight, weight_squares, norms = ops.sample_statistics(of_weight.flatten(1))
+        bias, bias_squares, bias_norms = ops.sample_statistics(of_bias)
+        weight, weight_squares = (t.view(of_weight.shape[1:]) for t in (weight, weight_squares))
+        return weight, bias, (norms + bias_norms).unsqueeze(0), weight_squares, bias_squares
 
     return _layer(
         f"conv_weight_grad/{b}x{channels}to{out}k{kernel}h{height}",
         f"{b} samples, {channels} → {out} channels, {kernel}×{kernel}, {height}×{height} pixels",
         (b, out, height, height), (b, channels, height, height), grad, op,
+        {"c_i, then their statistics": by_samples},
     )  # fmt: skip

@@ -15,10 +15,17 @@ from .base import ObservedLayer, unwatched
 from .contributions import Form, unrounded
 
 
-class ObservedLinear(ObservedLayer, nn.Linear):
-    """A linear layer that measures; dimension 0 of its input counts the samples."""
-
+class _Linear(ObservedLayer):
     observed_method = "outer product (one position a sample), Gram (few), direct (more)"
+
+    def contract_sum(self, saved: tuple[Tensor, ...], grads: Mapping[str, Tensor]) -> Tensor | None:
+        """See `ObservedLayer`."""
+        x, grad_out = saved
+        return linear_products(x, grad_out, grads)
+
+
+class ObservedLinear(_Linear, nn.Linear):
+    """A linear layer that measures; dimension 0 of its input counts the samples."""
 
     @unwatched
     def forward(self, input: Tensor) -> Tensor:
@@ -50,11 +57,6 @@ class ObservedLinear(ObservedLayer, nn.Linear):
         """See `ObservedLayer`."""
         (x,) = operands
         return linear_response(x, params.get("weight"), params.get("bias"))
-
-    def contract_sum(self, saved: tuple[Tensor, ...], grads: Mapping[str, Tensor]) -> Tensor | None:
-        """See `ObservedLayer`."""
-        x, grad_out = saved
-        return linear_products(x, grad_out, grads)
 
 
 def linear_response(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -92,10 +94,9 @@ def linear_products(x: Tensor, grad_out: Tensor, grads: Mapping[str, Tensor]) ->
     return ((grad_out @ grad_out.mT) * (inputs + 1 if "bias" in grads else inputs)).sum(1)
 
 
-class ObservedConv1D(ObservedLayer, nn.Module):
+class ObservedConv1D(_Linear, nn.Module):
     """The `Conv1D` of GPT-2 in transformers: a linear layer whose weight is [I, O]."""
 
-    observed_method = ObservedLinear.observed_method
     weight: nn.Parameter
     bias: nn.Parameter
 
@@ -129,8 +130,3 @@ class ObservedConv1D(ObservedLayer, nn.Module):
         (x,) = operands
         weight = params.get("weight")
         return linear_response(x, None if weight is None else weight.t(), params.get("bias"))
-
-    def contract_sum(self, saved: tuple[Tensor, ...], grads: Mapping[str, Tensor]) -> Tensor | None:
-        """See `ObservedLayer`."""
-        x, grad_out = saved
-        return linear_products(x, grad_out, grads)
