@@ -13,7 +13,7 @@ from typing import NoReturn
 from . import profiling_cli, show_config
 from ._version import __version__
 from .experiments import processes, report, reproduction_cli, training_cli
-from .experiments.errors import Interrupted, UsageError
+from .experiments.errors import Interrupted, UsageError, WriteError
 
 PROGRAM = "adagrad-kernels"
 
@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser(with_bench=arguments[:1] == ["bench"]).parse_args(arguments)
         return args.command(args)
+    except WriteError as error:
+        again = shlex.join(_going_on(arguments))
+        _say(f"{PROGRAM}: {error}; to go on when it can be written: {PROGRAM} {again}")
+        return 2
     except UsageError as error:
         _say(f"{PROGRAM}: {error}")
         return 2
@@ -65,8 +69,7 @@ def train(args: argparse.Namespace) -> int:
 
 def plot(args: argparse.Namespace) -> int:
     """`plot`: a picture of runs."""
-    report.picture(report.runs_in(args.runs), args.out)
-    print(args.out)
+    print(report.picture(report.runs_in(args.runs), args.out))
     return 0
 
 

@@ -191,13 +191,15 @@ def _end_of_step(path: Path, step: int) -> int:
     size = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
+            cut = not line.endswith(b"\n")
             try:
                 later = json.loads(line)["step"] > step
             except (ValueError, TypeError, KeyError) as error:
+                # Half a record, if it comes after others or begins like one.
+                if cut and (size or (line.startswith(b"{") and isinstance(error, ValueError))):
+                    break
                 raise ValueError(f"{path} is not a log of steps: line {number}") from error
-            if later:
+            if cut or later:
                 break
             size += len(line)
     return size

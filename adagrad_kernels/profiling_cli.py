@@ -148,7 +148,7 @@ def _make(target: str) -> nn.Module:
         )
     try:
         model = make()
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UsageError(f"{name}() of {file} failed: {_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name}() of {file} returned {type(model).__name__}, not an nn.Module")
@@ -169,7 +169,7 @@ def _import(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent.absolute()))  # for what it imports from beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UsageError(f"{path} cannot be imported: {_one_line(error)}") from error
     finally:
         sys.path.pop(0)
@@ -181,7 +181,7 @@ def _checked_loss(model: nn.Module, x: Tensor, name: str) -> Callable[[Any], Ten
     kind = "int64" if x.dtype == torch.int64 else "float32"
     try:
         output = model(x)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UsageError(
             f"the model fails on an input of shape {list(x.shape)}, {kind}: {_one_line(error)}"
         ) from error
@@ -214,6 +214,6 @@ def _tensor(output: Any) -> Tensor:
     return output
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -234,6 +235,23 @@ def test_main_prints_and_stores_tidy_records(tmp_path, capsys):
         assert r["torch_version"] == torch.__version__
         assert r["cpu"]
         assert r["batch"] == 4
+
+
+def test_records_that_cannot_be_stored_are_not_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "records.jsonl"
+    assert main(arguments("--out", str(out)), lambda compiled: [linear()]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == f"{out} cannot be written: Not a directory\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_records_that_no_longer_find_room(capsys):
+    assert main(arguments("--out", "/dev/full"), lambda compiled: [linear()]) == 2
+    told = capsys.readouterr()
+    assert "weight gradient alone" in told.out
+    assert told.err == "/dev/full cannot be written: No space left on device\n"
 
 
 def test_main_fails_where_a_result_is_wrong(monkeypatch, capsys):

@@ -142,7 +142,15 @@ def test_info_tells_what_a_gpu_would_run(monkeypatch, reason, kernel):
         (["train", "--dataset", "cifar10", "--data-dir", "nowhere"], "nowhere is not a folder"),
         (["train", "--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["train", "--resume"], "nothing to resume: runs/digits-cnn-adadagrad/checkpoint.pt"),
+        (
+            ["train", "--resume", "--compare"],
+            "nothing to resume: runs/digits holds none of",
+        ),
         (["plot", "nowhere"], "nowhere holds no run"),
+        (["bench", "--threads", "-2"], "argument --threads: must be at least 1, got -2"),
+        (["bench", "--threads", "two"], "argument --threads: invalid int value: 'two'"),
+        (["bench", "--seconds", "-1"], "argument --seconds: must be a positive number, got -1"),
+        (["bench", "--seconds", "nan"], "argument --seconds: must be a positive number, got nan"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -218,6 +226,23 @@ def test_compare_and_plot(tmp_path, capsys):
     capsys.readouterr()
     assert main(["plot", str(folder), "--out", str(tmp_path / "picture.xyz")]) == 2
     assert "picture.xyz cannot be written" in error_line(capsys)
+
+
+def test_plot_names_the_file_that_it_wrote(tmp_path, capsys, monkeypatch):
+    """A name without an ending gets one, also where a folder has that name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    record = {"step": 1, "samples": 8, "batch_size": 8, "loss": 2.0}
+    (tmp_path / "log.jsonl").write_text(json.dumps(record) + "\n")
+    for out, written in (
+        ("foo", "foo.png"), ("folder", "folder.png"), ("a.pdf", "a.pdf"), ("in/b", "in/b.png"),
+        (".", "..png"),
+    ):  # fmt: skip
+        before = {path for path in tmp_path.rglob("*") if path.is_file()}
+        assert main(["plot", "log.jsonl", "--out", out]) == 0
+        assert capsys.readouterr().out == f"{written}\n"
+        after = {path for path in tmp_path.rglob("*") if path.is_file()}
+        assert after - before == {tmp_path / written}
 
 
 def test_a_picture_names_no_unit_of_a_loss_that_is_any(tmp_path, monkeypatch):

@@ -271,6 +271,22 @@ def test_modules_that_contradict() -> None:
         trainer().fit(Loads())
 
 
+@pytest.mark.parametrize("skipped", [0, -1, "all"])
+def test_a_batch_cannot_be_skipped(skipped: int | str) -> None:
+    """Neither a part of one, be it the first or the last, nor the whole."""
+
+    class Skips(Digits):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            _, count = self.trainer.optimizers[0].controller.micro_batches()
+            found = len(self.batches[self.global_step]) - 1
+            skip = count == 1 if skipped == "all" else count > 1 and found == skipped % count
+            return None if skip else loss
+
+    with pytest.raises(ValueError, match=r"training_step returning None: return the loss.*Subset"):
+        trainer().fit(Skips())
+
+
 def test_what_is_given_twice() -> None:
     with pytest.raises(ValueError, match=r"given batch_size.*AdAdaGrad"):
         trainer(AdaptiveBatchCallback(batch_size=4)).fit(Digits())

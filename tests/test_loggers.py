@@ -240,6 +240,29 @@ def test_a_log_is_not_overwritten_by_accident(tmp_path: Path) -> None:
     assert path.read_text() == "epoch,loss\n1,2\n"
 
 
+@pytest.mark.parametrize(
+    "text", ["my only notes", '{"lr": 0.1}', "[1, 2]", "3", '{"lr": 0.1}\n{"st', "\n", "{\n}"]
+)
+def test_a_file_that_is_no_log_is_not_cut(tmp_path: Path, text: str) -> None:
+    """With or without the end of its last line."""
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    for step in (0, 3):
+        with pytest.raises(ValueError, match=r"notes\.txt is not a log of steps: line 1"):
+            JSONLLogger(path, step=step)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("kept", ["", '{"step": 1, "samples": 8}\n'])
+@pytest.mark.parametrize("cut", ["{", '{"step": 2, "samp', '{"step": 2, "samples": 16}'])
+def test_a_record_that_a_crash_has_cut_is_cut_off(tmp_path: Path, kept: str, cut: str) -> None:
+    """Also the only one."""
+    path = tmp_path / "log.jsonl"
+    path.write_text(kept + cut)
+    JSONLLogger(path, step=9).close()
+    assert path.read_text() == kept
+
+
 def test_records_are_in_the_file_at_once_and_valid_json(tmp_path: Path) -> None:
     logger = JSONLLogger(tmp_path / "log.jsonl")
     logger.log({"loss": math.nan, "size": 3}, step=1, samples=8)

@@ -22,6 +22,7 @@ from adagrad_kernels.profiling_report import FIXED
 TESTS = ["norm test", "inner-product test", "norms + coordinates"]
 MODELS = '''
 """Models, and things that are none."""
+import sys
 import helper
 from torch import nn
 
@@ -59,6 +60,19 @@ def number():
 
 def broken():
     return nn.Linear(-1, 4)
+
+def leaves():
+    sys.exit(3)
+
+def stops():
+    raise KeyboardInterrupt
+
+class LeavesLater(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 4)
+
+    def forward(self, x):
+        sys.exit("no more")
 '''
 
 
@@ -67,6 +81,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "models.py").write_text(MODELS)
     (tmp_path / "helper.py").write_text("WIDTH = 4 * 6 * 6\n")
     (tmp_path / "wrong.py").write_text("import no_such_module\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit()\n")
     (tmp_path / "text.txt").write_text("not Python\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -146,6 +161,9 @@ def test_profile_of_folded_layers(folder: Path, capsys: pytest.CaptureFixture[st
         ("models.py:mlp", "2,3", "", "models.py has no function 'mlp'; it has cnn, Language, bag"),
         ("models.py:number", "2,3", "", "number() of models.py returned int, not an nn.Module"),
         ("models.py:broken", "2,3", "", "broken() of models.py failed: RuntimeError: "),
+        ("models.py:leaves", "2,3", "", "leaves() of models.py failed: SystemExit: 3"),
+        ("script.py:cnn", "2,3", "", "script.py cannot be imported: SystemExit"),
+        ("models.py:LeavesLater", "2,3", "", "[2, 3], float32: SystemExit: no more"),
         ("models.py:cnn", "2,3,8", "", "the model fails on an input of shape [2, 3, 8], float32: "),
         ("models.py:cnn", "2,0", "", "argument --input-shape: invalid shape value: '2,0'"),
         ("models.py:cnn", "2,3,8,8", "--device abacus", "device 'abacus': "),
@@ -169,6 +187,11 @@ def test_mistakes_are_told_in_one_line(
     assert len(lines) == 1
     assert lines[0].startswith("adagrad-kernels: ")
     assert message in lines[0]
+
+
+def test_an_interruption_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "models.py:stops", "--input-shape", "2,3"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_an_unsupported_layer_is_named_with_the_ways_out(folder: Path, capsys) -> None:

@@ -1,6 +1,7 @@
 """The paper's experiments: runs skipped, resumed and recorded, and what is made of them."""
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from adagrad_kernels.experiments import (
 )
 from adagrad_kernels.experiments.augmentation import augment
 from adagrad_kernels.experiments.data import Data
+from adagrad_kernels.experiments.descent import Problem, Setting, descend
 from adagrad_kernels.experiments.errors import UsageError
 from adagrad_kernels.experiments.reproduction_pictures import draw
 from adagrad_kernels.experiments.settings import TrainingRun
@@ -164,6 +166,29 @@ def test_killed_and_continued(tmp_path, digits_like, capfd):
     assert one == two
 
 
+def test_killed_before_its_first_checkpoint(tmp_path, digits_like, capfd):
+    """SIGKILL in the first minute; the same command trains the run anew."""
+    given = ["--methods", "adagrad-small", "--seeds", "0", "--samples", "12000"]
+    files = ["--data-dir", str(digits_like), "--out", str(tmp_path)]
+    arguments = ["experiment", "mnist-logistic", *given, *files]
+    folder = tmp_path / "adagrad-small" / "seed-0"
+    process = subprocess.Popen([sys.executable, "-m", "adagrad_kernels", *arguments])
+    while process.poll() is None:
+        log = folder / "log.jsonl"
+        if log.exists() and log.read_bytes().count(b"\n") > 100:
+            break
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "checkpoint.pt").exists()
+    assert not checkpoint.read_summary(folder)["finished"]
+    assert cli.main(arguments) == 0
+    assert "has no checkpoint yet: its run begins anew" in capfd.readouterr().err
+    assert checkpoint.read_summary(folder)["finished"]
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_but_not_the_others(tmp_path):
     task = tiny()
     task.rates["sgd-large"] = 3e38
@@ -296,38 +321,6 @@ def test_augmented_images_are_shifted_and_flipped():
     assert {s[2] for s in seen} == {False, True}
 
 
-# Sweep
-
-
-def test_the_sweep_marks_the_least_training_loss(tmp_path):
-    task = replace(tiny(), sweep_samples=400)
-    rows = reproduction.sweep(task, tmp_path, ["sgd-small", "sgd-large"]).splitlines()[2:]
-    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-    rates = {m: [lr for n, lr, *_ in cells if n == m] for m in ("sgd-small", "sgd-large")}
-    assert rates["sgd-large"] == ["0.03", "0.1", "0.3", "1", "3"]
-    assert rates["sgd-small"] == ["0.003", "0.01", "0.03", "0.1", "0.3"]
-    for method in rates:
-        losses = {lr: float(loss) for n, lr, _, loss, *_ in cells if n == method}
-        (best,) = [lr for n, lr, *_, mark in cells if n == method and mark == "best"]
-        assert losses[best] == min(losses.values())
-    summaries = [json.loads(p.read_text()) for p in tmp_path.glob("*/*/summary.json")]
-    samples = {s["settings"]["batch_size"]: s["settings"]["samples"] for s in summaries}
-    small = task.base.batch_size
-    assert samples == {small: 400, task.large: task.base.samples}
-    assert all(s["training_loss"] > 0 for s in summaries)
-
-
-def test_the_sweep_tries_given_rates_and_only_methods_that_have_their_own(tmp_path):
-    task = replace(tiny(), sweep_samples=400)
-    text = reproduction.sweep(task, tmp_path, ["adagrad-small"], [0.02, 1e39])
-    rows = [row.split("|") for row in text.splitlines()[2:]]
-    assert [row[2].strip() for row in rows] == ["0.02", "1e+39"]
-    assert rows[0][-2].strip() == "best"
-    assert rows[1][4].strip() == "failed"
-    with pytest.raises(UsageError, match=r"adadagrad-0\.1 is not swept"):
-        reproduction.sweep(task, tmp_path, ["adadagrad-0.1"])
-
-
 # Results
 
 
@@ -436,6 +429,13 @@ def test_mistakes_are_said_in_one_line(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_theorems_samples_are_new_in_every_batch(caplog):
+    """However large it is: no warning that it holds samples twice."""
+    setting = Setting(Problem(convex=True), adaptive=False, batch_size=100_000, steps=1)
+    assert descend(setting).batch_size.tolist() == [100_000]
+    assert caplog.text == ""
 
 
 # Speed, and the large model

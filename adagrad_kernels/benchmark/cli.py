@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,11 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FILE", help="append records here, one JSON object a line")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)"
+        "--threads",
+        type=_threads,
+        metavar="N",
+        help="of torch on the CPU (default: torch's own choice)",
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=_seconds,
         metavar="X",
         default=1.0,
         help="for each variant of each case (default: %(default)g)",
@@ -35,6 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out what torch.compile has to compile"
     )
+
+
+def _threads(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return number
+
+
+_threads.__name__, _seconds.__name__ = "int", "float"  # argparse says: invalid int value
 
 
 def own_cases(compiled: bool = True) -> list[Case]:
@@ -54,14 +75,17 @@ def main(args: argparse.Namespace, collect: Callable[[bool], Sequence[Case]] = o
         collect: gives the cases, see `own_cases`.
 
     Returns:
-        0; 1 if a variant computed something wrong; 2 if no case matches.
+        0; 1 if a variant computed something wrong; 2 if no case matches, or the records cannot be
+        written.
     """
     threads_before = torch.get_num_threads()
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        return _run(matching(collect(not args.no_compile), args.only), args)
-    except LookupError as error:
+        cases = matching(collect(not args.no_compile), args.only)
+        _append(args.out, "")  # before anything is measured
+        return _run(cases, args)
+    except (LookupError, _CannotWrite) as error:
         print(error.args[0], file=sys.stderr)
         return 2
     finally:
@@ -75,7 +99,20 @@ def _run(cases: Sequence[Case], args: argparse.Namespace) -> int:
         for record in run_case(case, args.seconds):
             print(record, flush=True)
             wrong += record.reason.startswith(WRONG)
-            if args.out:
-                with open(args.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record.as_dict()) + "\n")
+            _append(args.out, json.dumps(record.as_dict()) + "\n")
     return 1 if wrong else 0
+
+
+class _CannotWrite(Exception):
+    """The records cannot be stored."""
+
+
+def _append(path: str | None, text: str) -> None:
+    """Adds to the file, if there is to be one."""
+    if path is None:
+        return
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise _CannotWrite(f"{path} cannot be written: {error.strerror}") from error

@@ -4,15 +4,17 @@ any moment leaves them whole.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
-from .errors import UsageError
+from .errors import UsageError, WriteError
 
 NAME = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -29,7 +31,7 @@ def make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOG).open("a").close()
     except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
+        raise UsageError(f"cannot write to {error.filename}: {error.strerror}") from error
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
@@ -46,7 +48,7 @@ def read(folder: Path) -> dict[str, Any]:
         UsageError: there is none, or it is damaged.
     """
     path = folder / NAME
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f"nothing to resume: {path} does not exist")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
@@ -74,8 +76,35 @@ def check_settings(
             )
 
 
+def ended_early(folder: Path) -> dict[str, Any] | None:
+    """The settings of a run that ended before its first checkpoint, None if there is none such."""
+    summary = read_summary(folder)
+    early = not (folder / NAME).exists() and summary.get("finished") is False
+    return summary["settings"] if early and isinstance(summary.get("settings"), dict) else None
+
+
+def begun(folder: Path) -> bool:
+    """Whether the folder holds a run that can go on, be it from its first step."""
+    return (folder / NAME).exists() or ended_early(folder) is not None
+
+
+def check_free(folder: Path) -> None:
+    """That no other process is training there.
+
+    Raises:
+        UsageError: one is.
+    """
+    try:
+        with (folder / LOG).open("rb") as log:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _busy(folder) from error
+    except OSError:  # no log yet; any other trouble is told where it is opened to be written
+        pass
+
+
 def check_unused(folder: Path, wanted: dict[str, Any], changeable: tuple[str, ...]) -> None:
-    """That a new run does not overwrite another one.
+    """That a new run does not overwrite another one, nor a log or summary that is none of a run.
 
     Args:
         folder: of the new run.
@@ -83,9 +112,14 @@ def check_unused(folder: Path, wanted: dict[str, Any], changeable: tuple[str, ..
         changeable: names of settings with which a run may go on, whatever they were.
 
     Raises:
-        UsageError: the folder holds a run; naming the ways out.
+        UsageError: the folder holds such; naming the ways out.
     """
-    if not (folder / NAME).is_file():
+    if not begun(folder):
+        for path in (folder / LOG, folder / SUMMARY):
+            if path.exists() and path.stat().st_size:
+                raise UsageError(
+                    f"{path} is there already: choose another --out, or replace it with --overwrite"
+                )
         return
     summary = read_summary(folder)
     if not summary.get("finished"):
@@ -106,27 +140,91 @@ def check_unused(folder: Path, wanted: dict[str, Any], changeable: tuple[str, ..
     )
 
 
-def open_log(folder: Path, size: int) -> TextIO:
-    """The log, cut to the size it had at the checkpoint: later records will be made again.
+class Log:
+    """The log of a run, which no other process can open while this one has it. Every line is
+    written at once.
+
+    Args:
+        folder: of the run; made if need be.
 
     Raises:
-        UsageError: it is shorter than that.
+        UsageError: it cannot be made or written to, or another process is training there.
     """
-    path = folder / LOG
-    if size == 0:
-        (folder / NAME).unlink(missing_ok=True)
-        return path.open("w", buffering=1)
-    if not path.is_file() or path.stat().st_size < size:
-        raise UsageError(f"{path} is missing or shorter than it was when {NAME} was written")
-    os.truncate(path, size)
-    return path.open("a", buffering=1)
+
+    def __init__(self, folder: Path) -> None:
+        make(folder)
+        self._folder, self._path = folder, folder / LOG
+        self._file = self._path.open("ab", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process
+        except OSError as error:
+            self._file.close()
+            if isinstance(error, BlockingIOError):
+                raise _busy(folder) from error
+            raise UsageError(
+                f"cannot lock {self._path}: {error.strerror}: choose --out on another file system"
+            ) from error
+
+    def begin(self, size: int) -> None:
+        """Cuts it to the size it had at the checkpoint: later records will be made again.
+
+        Args:
+            size: in bytes; 0 for a new run, which removes the checkpoint of an old one.
+
+        Raises:
+            UsageError: it is shorter than that, or a file cannot be changed.
+        """
+        found = os.fstat(self._file.fileno()).st_size
+        if found < size:
+            raise UsageError(
+                f"{self._path} is missing or shorter than it was when {NAME} was written"
+            )
+        path = self._folder / NAME
+        try:
+            if size == 0:
+                path.unlink(missing_ok=True)
+            path = self._path
+            if found > size:
+                self._file.truncate(size)
+        except OSError as error:
+            raise UsageError(f"cannot replace {path}: {error.strerror}") from error
+
+    def write(self, line: str) -> None:
+        """Appends a line.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        content = line.encode()
+        try:
+            while content:  # a disk that is nearly full takes a part first
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+
+    def sync(self) -> int:
+        """Brings it onto the disk; returns its size.
+
+        Raises:
+            UsageError: that fails.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+        return os.fstat(self._file.fileno()).st_size
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
 
-def sync(log: TextIO) -> int:
-    """Brings the log onto the disk; returns its size."""
-    log.flush()
-    os.fsync(log.fileno())
-    return os.fstat(log.fileno()).st_size
+def remove(folder: Path) -> None:
+    """Removes the run in the folder, if there is one."""
+    for name in (NAME, LOG, SUMMARY):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -137,23 +235,44 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 def read_summary(folder: Path) -> dict[str, Any]:
     """The folder's summary, empty if there is none that can be read."""
     try:
-        return json.loads((folder / SUMMARY).read_text())
+        found = json.loads((folder / SUMMARY).read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):  # what went wrong first is said
+            temporary.unlink()
+        raise _cannot_write(path, error) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> UsageError:
+    kind = WriteError if begun(path.parent) else UsageError
+    return kind(f"cannot write {path}: {error.strerror}")
+
+
+def _busy(folder: Path) -> UsageError:
+    return UsageError(
+        f"another process is training in {folder}: wait for its end, or choose another --out"
+    )
 
 
 def _option(name: str) -> str:

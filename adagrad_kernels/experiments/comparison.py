@@ -8,7 +8,7 @@ from typing import Any
 
 from ..distributed import Ranks
 from . import checkpoint, report
-from .errors import Interrupted
+from .errors import Interrupted, UsageError, WriteError
 from .settings import CHANGEABLE, LARGE_BATCH_LEARNING_RATE, LEARNING_RATES, TrainingRun
 from .training import run
 
@@ -61,12 +61,10 @@ def compare(
         Interrupted: stopped by a signal.
     """
     report.check()
-    if not (resume or overwrite):  # before the first is trained, not after it
-        for name, settings in runs.items():
-            checkpoint.check_unused(folder / name, asdict(settings), CHANGEABLE)
+    _check_folder(runs, folder, resume, overwrite)
     summaries = {}
     for name, settings in runs.items():
-        begun = resume and (folder / name / checkpoint.NAME).is_file()
+        begun = resume and checkpoint.begun(folder / name)
         try:
             summaries[name] = run(
                 settings,
@@ -77,12 +75,32 @@ def compare(
                 tensorboard=tensorboard,
                 overwrite=overwrite,
             )
-        except Interrupted:
+        except (Interrupted, WriteError):
             if overwrite and Ranks().index == 0:  # resuming must not go on with the old runs
                 for later in list(runs)[len(summaries) + 1 :]:
-                    (folder / later / checkpoint.NAME).unlink(missing_ok=True)
+                    checkpoint.remove(folder / later)
             raise
     if Ranks().index == 0:
         checkpoint.write_summary(folder, {"runs": summaries})
         report.picture([folder / name for name in runs], folder / "comparison.png")
     return summaries
+
+
+def _check_folder(
+    runs: dict[str, TrainingRun], folder: Path, resume: bool, overwrite: bool
+) -> None:
+    """That all of the runs can be trained or gone on with; before the first, not after it."""
+    for name in runs:
+        checkpoint.check_free(folder / name)
+    if resume and not any(checkpoint.begun(folder / name) for name in runs):
+        raise UsageError(f"nothing to resume: {folder} holds none of {', '.join(runs)}")
+    if overwrite:
+        return
+    summary = folder / checkpoint.SUMMARY
+    if summary.exists() and "runs" not in checkpoint.read_summary(folder):
+        raise UsageError(
+            f"{summary} is not a comparison's: choose another --out, or replace it with --overwrite"
+        )
+    if not resume:
+        for name, settings in runs.items():
+            checkpoint.check_unused(folder / name, asdict(settings), CHANGEABLE)

@@ -167,14 +167,15 @@ class Descent:
 
 
 class _Samples(Dataset[Tensor]):
-    """Independent standard normal (ζ, ξ), new ones at every call."""
+    """Independent standard normal (ζ, ξ), new ones at every call: no batch holds any twice."""
 
-    def __init__(self, coordinates: int, seed: int) -> None:
+    def __init__(self, coordinates: int, length: int, seed: int) -> None:
         self._width = 1 + coordinates
+        self._length = length
         self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        return 2**16
+        return self._length
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         shape = len(indices), self._width
@@ -196,7 +197,7 @@ def descend(
     w = model.weight.detach().squeeze(1)
     w.copy_(problem.start())
     opt = setting.build(model)
-    samples = _Samples(problem.coordinates, setting.seed)
+    samples = _Samples(problem.coordinates, setting.samples, setting.seed)
     loader = AdaptiveDataLoader(
         samples, opt, max_micro_batch_size=4096, shuffle=False, collate_fn=lambda drawn: drawn
     )

@@ -11,6 +11,10 @@ class UsageError(Exception):
     """An argument, a file or the surroundings are not as they must be; the message is one line."""
 
 
+class WriteError(UsageError):
+    """A file of a run that has begun cannot be written; when it can be, the run may go on."""
+
+
 class Interrupted(Exception):
     """The run was stopped by a signal, after its checkpoint was written to this path."""
 

@@ -89,10 +89,9 @@ def runs_in(paths: Sequence[Path]) -> list[Path]:
         if path.is_file() or (path / checkpoint.LOG).is_file():
             found.append(path)
             continue
-        below = checkpoint.read_summary(path).get("runs", {})
-        inner = [path / name for name in below] or sorted(
-            log.parent for log in path.rglob(checkpoint.LOG)
-        )
+        below = checkpoint.read_summary(path).get("runs")
+        inner = [path / name for name in below] if isinstance(below, dict) else []
+        inner = inner or sorted(log.parent for log in path.rglob(checkpoint.LOG))
         inner = [run for run in inner if (run / checkpoint.LOG).is_file()]
         if not inner:
             raise UsageError(f"{path} holds no run (no {checkpoint.LOG} in it or below)")
@@ -128,8 +127,11 @@ def check() -> None:
     optional("matplotlib", "matplotlib")
 
 
-def picture(runs: Sequence[Path], path: Path) -> None:
-    """Batch size and loss over samples and over steps, as a PNG (or what the name ends in).
+def picture(runs: Sequence[Path], path: Path) -> Path:
+    """Batch size and loss over samples and over steps, in the format that the name ends in.
+
+    Returns:
+        Where the picture is: a name without an ending gets .png.
 
     Raises:
         UsageError: matplotlib or a log is missing, or the file cannot be written.
@@ -166,11 +168,14 @@ def picture(runs: Sequence[Path], path: Path) -> None:
     for ax in axes[1]:
         ax.xaxis.set_major_formatter(_whole)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    form = path.suffix[1:] or "png"
+    path = path if path.suffix else Path(f"{path}.{form}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, format=form)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be written: {error}") from error
+    return path
 
 
 def _whole(value: float, position: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import math
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -72,7 +71,7 @@ def run_one(settings: TrainingRun, folder: Path, name: str) -> None:
         if summary.get("finished"):
             checkpoint.check_settings(summary["settings"], asdict(settings), ("data_dir",), folder)
             return
-        resume = (folder / checkpoint.NAME).is_file()
+        resume = checkpoint.begun(folder)
         _say(f"{name}: {'goes on' if resume else 'begins'}")
         try:
             summary = run(
@@ -131,16 +130,18 @@ def sweep(
             folder = out / method / f"lr-{lr:g}"
             run_one(replace(task.settings(method, 0, **given), lr=lr), folder, f"{method}, {lr:g}")
             found[lr] = checkpoint.read_summary(folder)
-        losses = {lr: summary.get("training_loss", math.inf) for lr, summary in found.items()}
-        best = min(losses, key=losses.__getitem__)
+        losses = {lr: summary.get("training_loss") for lr, summary in found.items()}
+        finite = {lr: loss for lr, loss in losses.items() if loss is not None}
+        best = min(finite, key=finite.__getitem__, default=None)
         for lr, summary in found.items():
-            if "training_loss" not in summary:
-                what = "failed" if summary.get("failed") else "of another process"
+            if lr not in finite:
+                ended = summary.get("failed") or summary.get("finished")
+                what = "failed" if ended else "of another process"
                 lines.append(f"| {method} | {lr:g} | {summary.get('steps', '')} | {what} | | |")
                 continue
             accuracy = 100 * summary["validation_accuracy"]
             lines.append(
-                f"| {method} | {lr:g} | {summary['steps']:,} | {losses[lr]:.4f} | {accuracy:.2f} | "
+                f"| {method} | {lr:g} | {summary['steps']:,} | {finite[lr]:.4f} | {accuracy:.2f} | "
                 + ("best |" if lr == best else "|")
             )
     return "\n".join(lines)

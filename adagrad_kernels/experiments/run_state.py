@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +68,8 @@ class RunState:
         """Samples trained on so far."""
         return self.loader.samples
 
-    def step(self, log: TextIO) -> None:
-        """One optimizer step and its record in the log."""
+    def step(self, log: checkpoint.Log | None) -> None:
+        """One optimizer step and its record in the log, on the process that has it."""
         epoch, before = self.loader.epoch, self.samples
         if self.settings.decay_until:
             for group in self.optimizer.param_groups:
@@ -127,7 +127,9 @@ class RunState:
         samples, size = self._logged
         return self.samples - samples >= self.settings.log_every or batch_size != size
 
-    def _write(self, log: TextIO, batch_size: int, loss: float, evaluated: bool) -> None:
+    def _write(
+        self, log: checkpoint.Log | None, batch_size: int, loss: float, evaluated: bool
+    ) -> None:
         decision = self.optimizer.decision
         measured = step_record(self.optimizer, loss)
         accuracy = finite(self.accuracy) if evaluated else None
@@ -138,7 +140,8 @@ class RunState:
             "reason": decision.reason if decision else "a fixed batch is not tested",
             "accuracy": accuracy,
         }
-        log.write(json.dumps(record) + "\n")
+        if log is not None:
+            log.write(json.dumps(record) + "\n")
         if self.scalars is not None:
             scalars = {**measured, "accuracy": accuracy}
             self.scalars.log(scalars, step=self.steps, samples=self.samples)
@@ -189,8 +192,11 @@ class RunState:
             "seconds": self.watch.seconds,
         }
         if self.settings.evaluations:
+            found = {} if self.failed else self._final_quality()
+            # The last step may have led astray, after the last loss that was looked at.
+            self.failed |= self.settings.stop_if_not_finite and None in found.values()
             if not self.failed:
-                result |= self._final_quality()
+                result |= found
             result |= {"cpu_seconds": self.watch.cpu_seconds, "curve": self.curve.points}
         else:
             result["training_loss"] = finite(evaluate(self.model, self.train)[0])
@@ -199,14 +205,16 @@ class RunState:
             result["failed"] = "the loss is not finite" if self.failed else ""
         return result
 
-    def _final_quality(self) -> dict[str, Any]:
+    def _final_quality(self) -> dict[str, float | None]:
+        """By name; None is not finite."""
         if not self.settings.evaluate_all:
             return {key: self.curve.points[-1][key] for key in QUALITIES}
-        return asdict(quality(self.model, self.train, self.validation))
+        found = asdict(quality(self.model, self.train, self.validation))
+        return {key: finite(value) for key, value in found.items()}
 
-    def save(self, log: TextIO, folder: Path) -> None:
-        """Writes the checkpoint, and before it what the log still holds back."""
-        if not self.writes:
+    def save(self, log: checkpoint.Log | None, folder: Path) -> None:
+        """Writes the checkpoint, after the log has come to the disk."""
+        if log is None:
             return
         state = {
             "settings": asdict(self.settings),
@@ -214,7 +222,7 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
             "rng": torch.get_rng_state(),
-            "log_bytes": checkpoint.sync(log),
+            "log_bytes": log.sync(),
             "steps": self.steps,
             "seconds": self.watch.seconds,
             "cpu_seconds": self.watch.cpu_seconds,

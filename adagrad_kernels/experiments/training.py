@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -51,38 +50,52 @@ def run(
         name: shown with the progress, by default the optimizer's.
         checkpoint_every: steps between checkpoints, 0 for one at the end only. One is also
             written when SIGINT or SIGTERM stops the run.
-        resume: continue from the folder's checkpoint. Log and weights become those of a run
-            that was never interrupted.
+        resume: continue from the folder's checkpoint, or anew if the run ended before its first
+            one. Log and weights become those of a run that was never interrupted. A finished run
+            that goes on keeps in its log what was measured where it had ended.
         checkpoint_seconds: seconds between checkpoints, beside checkpoint_every.
         tensorboard: also write the log's numbers for TensorBoard, into the folder `tensorboard`.
-        overwrite: replace the run that the folder holds, finished or not.
+        overwrite: replace the run that the folder holds, finished or not, or a log of one's own.
 
     Returns:
         The summary: what `summary.json` holds.
 
     Raises:
-        UsageError: what a user can mend.
+        UsageError: what a user can mend; another process that trains in the folder.
         Interrupted: stopped by a signal, after the checkpoint.
     """
     if checkpoint_every < 0:
         raise UsageError(f"checkpoint-every must not be negative, got {checkpoint_every}")
-    saved = checkpoint.read(folder) if resume else None
-    if saved is not None:
-        checkpoint.check_settings(saved["settings"], asdict(settings), CHANGEABLE, folder)
-    elif not overwrite:
+    new = not (resume or overwrite)
+    checkpoint.check_free(folder)
+    saved = _checkpoint(settings, folder) if resume else None
+    if new:
         checkpoint.check_unused(folder, asdict(settings), CHANGEABLE)
     Ranks().barrier()  # nobody writes before all have looked
     with _threads(settings.threads or (1 if settings.dataset == "digits" else 0)):
         state = RunState(settings, load_data(settings.dataset, _path(settings.data_dir)))
         if saved is not None:
             state.restore(saved, folder)
-        with _scalars(state, folder, tensorboard):
-            _train(state, folder, name, checkpoint_every, checkpoint_seconds)
-        results = state.results()
-    summary = {"settings": asdict(settings), "finished": True, **results}
-    if state.writes:
-        checkpoint.write_summary(folder, summary)
+        elif resume and state.writes:
+            progress.say(f"{folder} has no checkpoint yet: its run begins anew")
+        with _log(state, folder) as log, _scalars(state, folder, tensorboard):
+            if log is not None:
+                _begin(state, folder, log, new)
+            _train(state, folder, log, name, checkpoint_every, checkpoint_seconds)
+            summary = {"settings": asdict(settings), "finished": True, **state.results()}
+            if log is not None:
+                checkpoint.write_summary(folder, summary)
     return summary
+
+
+def _checkpoint(settings: TrainingRun, folder: Path) -> dict[str, Any] | None:
+    """Where a run of these settings goes on; None is its first step."""
+    begun_with, saved = checkpoint.ended_early(folder), None
+    if begun_with is None:
+        saved = checkpoint.read(folder)
+        begun_with = saved["settings"]
+    checkpoint.check_settings(begun_with, asdict(settings), CHANGEABLE, folder)
+    return saved
 
 
 @contextmanager
@@ -96,18 +109,30 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _log(state: RunState, folder: Path) -> AbstractContextManager[checkpoint.Log | None]:
+    """The log, which keeps other processes out; on the process that writes."""
+    return checkpoint.Log(folder) if state.writes else nullcontext()
+
+
+def _begin(state: RunState, folder: Path, log: checkpoint.Log, new: bool) -> None:
+    settings = asdict(state.settings)
+    if new:  # looked at again: another process may have trained here since
+        checkpoint.check_unused(folder, settings, CHANGEABLE)
+    log.begin(state.log_bytes)
+    checkpoint.write_summary(folder, {"settings": settings, "finished": False})
+
+
 def _train(
-    state: RunState, folder: Path, name: str, checkpoint_every: int, checkpoint_seconds: float
+    state: RunState,
+    folder: Path,
+    log: checkpoint.Log | None,
+    name: str,
+    checkpoint_every: int,
+    checkpoint_seconds: float,
 ) -> None:
     settings = state.settings
     saved = time.monotonic()
-    with (
-        _open_log(state, folder) as log,
-        StopAtStepEnd() as stop,
-        closing(_progress(state, folder, name)) as shown,
-    ):
-        if state.writes:
-            checkpoint.write_summary(folder, {"settings": asdict(settings), "finished": False})
+    with StopAtStepEnd() as stop, closing(_progress(state, folder, name)) as shown:
         state.watch.start()
         while state.samples < settings.samples and not state.failed:
             state.step(log)
@@ -135,13 +160,6 @@ def _scalars(state: RunState, folder: Path, wanted: bool) -> Iterator[None]:
         raise UsageError(str(error)) from error
     with logger as state.scalars:
         yield
-
-
-def _open_log(state: RunState, folder: Path) -> TextIO:
-    if not state.writes:
-        return open(os.devnull, "w")
-    checkpoint.make(folder)
-    return checkpoint.open_log(folder, state.log_bytes)
 
 
 def _progress(state: RunState, folder: Path, name: str) -> progress.Progress:

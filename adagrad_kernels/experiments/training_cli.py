@@ -126,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     there.add_argument(
         "--overwrite",
         action="store_true",
-        help="train anew even if --out holds a run, finished or not, which is lost",
+        help="train anew even if --out holds a run, finished or not, or another log, which is lost",
     )
     parser.set_defaults(**{**DEFAULTS, "lr": None})
 

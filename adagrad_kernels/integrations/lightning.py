@@ -57,7 +57,7 @@ class AdaptiveBatchCallback(pl.Callback):
 
     Raises:
         ValueError: when training starts, for settings of the trainer that contradict batches that
-            grow, naming the setting and what to do.
+            grow, naming the setting and what to do; likewise when training_step returns None.
         TypeError: a train dataloader that is no `AdaptiveDataLoader`.
 
     Example:
@@ -203,13 +203,26 @@ class AdaptiveBatchCallback(pl.Callback):
 
 
 class _NotDivided(ClosureResult):
-    """Lightning would divide each loss by accumulate_grad_batches; the optimizer takes the mean."""
+    """Lightning would divide each loss by accumulate_grad_batches; the optimizer takes the mean.
+
+    And it would skip what has no loss, which leaves a batch with fewer samples than it counts.
+    """
 
     @classmethod
     def from_training_step_output(
         cls, training_step_output: Any, normalize: int = 1
     ) -> ClosureResult:
+        if training_step_output is None:
+            raise _refusal(
+                "training_step returning None",
+                "return the loss of every micro-batch; for samples to be skipped give the loader a "
+                "torch.utils.data.Subset without them",
+            )
         return super().from_training_step_output(training_step_output)
+
+
+def _refusal(setting: str, way_out: str) -> ValueError:
+    return ValueError(f"AdaptiveBatchCallback does not work with {setting}: {way_out}")
 
 
 def _check_settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -262,4 +275,4 @@ def _check_settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     }
     for setting, (found, way_out) in refused.items():
         if found:
-            raise ValueError(f"AdaptiveBatchCallback does not work with {setting}: {way_out}")
+            raise _refusal(setting, way_out)
