@@ -185,7 +185,16 @@ struct WeightGrad {
   int64_t members;                                             // how many m
   const int64_t* position;                                     // [positions], offsets into it
   int64_t positions;                                           // how many t
+  const T* images;  // the packed images of all samples, or null: then each range packs its own
   int64_t image() const { return channels * depth * height * width; }
+  // From one packed image to the next; no power of two, at which they would share cache lines'
+  // sets.
+  int64_t image_stride() const { return image() + 16; }
+  bool packed() const {  // whether narrow is as if packed
+    return frames == depth && rows == height && columns == width && narrow_column == 1 &&
+           narrow_row == width && narrow_frame == height * width &&
+           narrow_channel == depth * height * width;
+  }
   // outputs: norms and the bias are added to, the others overwritten. Either sum (and sum_sq where
   // squares are wanted), to be joined later, or where one chunk holds all samples grad (and
   // grad_sq)
@@ -198,7 +207,8 @@ struct WeightGrad {
   double* norms;     // [samples of the whole batch]
   T* wide_sum;       // [panels][panel_width]: the bias of a convolution, or null
   T* wide_sum_sq;    // the same, or null
-  T* scratch;        // chunk * (panels * positions * panel_width + image + 16) elements
+  T* scratch;        // chunk * (panels * positions * panel_width + 16) elements, and chunk *
+                     // image_stride() where images are to be packed
   int64_t chunk;     // samples packed at a time
   bool merged;       // no norms: the samples' positions are those of one sample
 };
@@ -211,8 +221,11 @@ constexpr int64_t panel_width(int64_t lanes) {
 template <class T>
 void weight_grad_range(const WeightGrad<T>& a, int64_t first, int64_t last, int64_t first_panel,
                        int64_t last_panel);
+// Samples [first, last) of `images`.
+template <class T>
+void pack_images_range(const WeightGrad<T>& a, int64_t first, int64_t last, T* images);
 // The norms of samples [first, last) where they are merged. scratch: positions * (panel_width +
-// panels * panel_width + members) + image elements.
+// panels * panel_width + members) elements, and the image where it is to be packed.
 template <class T>
 void gram_norms_range(const WeightGrad<T>& a, int64_t first, int64_t last);
 // A finished panel to rows of the weight: row = lane where lanes_outer, otherwise row = member.

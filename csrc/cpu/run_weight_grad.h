@@ -49,6 +49,10 @@ int64_t chunk_of(const WeightGrad<T>& a, int64_t sample_size, int64_t samples, i
   return moved(small) > moved(kChunk) + images ? kChunk : small;
 }
 
+// Where the panels are split, every task needs the padded images: they are packed once, unless
+// they take too much memory (elements).
+constexpr int64_t kSharedImages = 1 << 22;
+
 // lanes_outer: the weight's rows are lanes (convolution) or members (linear).
 template <class T>
 void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t samples, bool lanes_outer,
@@ -57,7 +61,9 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
   const Split split = split_work(common, groups, samples);
   const bool bias = out.wide_grad.numel() != 0;
   const int64_t positions = common.positions;
-  const int64_t image = common.image();
+  const bool shares = split.panel_parts > 1 && !common.packed() &&
+                      samples * groups * common.image_stride() <= kSharedImages;
+  const int64_t image = common.packed() ? 0 : common.image_stride();
   const int64_t width = common.panel_width, bias_size = groups * split.panels * width;
   const auto sample_size = [&](int64_t panels) { return panels * positions * width + image + 16; };
   const int64_t most_panels = ceil_div(split.panels, split.panel_parts);
@@ -71,6 +77,20 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
   // Few positions: norms by products of positions, the gradient as one product of all samples.
   const bool merged =
       method_of(common.lanes, common.members, positions, coordinates, false) == Method::gram;
+  Scratch<T> images(shares ? samples * groups * common.image_stride() : 0);
+  const auto images_of = [&](int64_t g) {
+    return shares ? images.get() + g * samples * common.image_stride() : nullptr;
+  };
+  if (shares) {
+    parallel_for(0, groups * samples, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t g = i / samples, s = i % samples;
+        WeightGrad<T> a = common;
+        a.narrow += g * a.channels * a.narrow_channel;
+        pack_images_range(a, s, s + 1, images_of(g));
+      }
+    });
+  }
   Scratch<T> totals(split.sample_parts * own);
   std::vector<double> task_norms(split.tasks() * samples, 0.0);
   parallel_for(0, split.tasks(), 1, [&](int64_t begin, int64_t end) {
@@ -85,6 +105,7 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
       WeightGrad<T> a = common;
       a.wide += g * a.lanes * a.wide_lane;
       a.narrow += g * a.channels * a.narrow_channel;
+      a.images = images_of(g);
       T* base = totals.get() + sp * own;
       a.sum = kept ? base + g * split.panels * split.panel_elements : nullptr;
       a.sum_sq = kept && coordinates ? a.sum + split.sums() : nullptr;
@@ -103,7 +124,7 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
         const int64_t size = sample_size(panels);
         a.chunk = std::min(a.chunk, chunk_of<T>(a, size, a.chunk, panels, coordinates));
       }
-      Scratch<T> scratch(a.chunk * sample_size(panels));
+      Scratch<T> scratch(a.chunk * (sample_size(panels) - (shares ? image : 0)));
       a.scratch = scratch.get();
       a.merged = merged;
       weight_grad_range(a, first_sample, last_sample, first_panel, last_panel);
@@ -136,11 +157,13 @@ void run_weight_grad(const WeightGrad<T>& common, int64_t groups, int64_t sample
     parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
       WeightGrad<T> a = common;
       a.norms = norms.data();
-      Scratch<T> scratch(positions * ((split.panels + 1) * width + a.members) + image);
+      Scratch<T> scratch(positions * ((split.panels + 1) * width + a.members) +
+                         (shares ? 0 : image));
       a.scratch = scratch.get();
       for (int64_t g = 0; g < groups; ++g) {
         a.wide = common.wide + g * a.lanes * a.wide_lane;
         a.narrow = common.narrow + g * a.channels * a.narrow_channel;
+        a.images = images_of(g);
         gram_norms_range(a, begin, end);
       }
     });
@@ -159,7 +182,8 @@ void run_sample_grads(const WeightGrad<T>& common, int64_t groups, int64_t sampl
   const int64_t lanes = common.lanes, width = common.panel_width, panels = ceil_div(lanes, width);
   const int64_t rows = groups * lanes, positions = common.positions;
   parallel_for(0, samples * groups, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(panels * positions * width + common.image() + 16), sums(panels * width);
+    Scratch<T> scratch(panels * positions * width + common.image_stride() + 16),
+        sums(panels * width);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / groups, g = task % groups;
       double norm = 0;

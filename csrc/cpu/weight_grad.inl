@@ -95,40 +95,83 @@ ADAGRAD_KERNELS_INLINE void tile_of(int64_t members, const WeightGrad<T>& a, con
   }
 }
 
-// [lanes][t] with t contiguous to [t][width]: 4x4 blocks for float, element by element otherwise.
+// [lanes][t] with t contiguous to [t][width], element by element or in blocks of kBlock x kBlock.
+template <class T>
+ADAGRAD_KERNELS_INLINE void transpose_elements(const T* in, int64_t lane_stride, int64_t positions,
+                                               int64_t lanes, int64_t width, T* out) {
+  for (int64_t n = 0; n < lanes; ++n) {
+    for (int64_t t = 0; t < positions; ++t) out[t * width + n] = in[n * lane_stride + t];
+  }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+template <int kBlock>
+struct Block {
+  using V = typename VectorOf<float, 4 * kBlock>::type;
+  using I = typename VectorOf<int, 4 * kBlock>::type;
+  V row[kBlock];
+
+  // Pairs of rows that are `step` apart: runs of `step` elements exchange places.
+  template <int step>
+  ADAGRAD_KERNELS_INLINE void exchange() {
+    I low, high;
+    for (int e = 0; e < kBlock; ++e) {
+      const bool second = e & step;
+      low[e] = second ? kBlock + e - step : e;
+      high[e] = second ? kBlock + e : e + step;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kBlock; ++r) {
+      if (r & step) continue;
+      const V a = row[r], b = row[r + step];
+      row[r] = __builtin_shuffle(a, b, low);
+      row[r + step] = __builtin_shuffle(a, b, high);
+    }
+  }
+};
+
+template <int kBlock>
+ADAGRAD_KERNELS_INLINE void transpose_blocks(const float* in, int64_t lane_stride,
+                                             int64_t positions, int64_t lanes, int64_t width,
+                                             float* out) {
+  int64_t n = 0;
+  for (; n + kBlock <= lanes; n += kBlock) {
+    const float* from = in + n * lane_stride;
+    int64_t t = 0;
+    for (; t + kBlock <= positions; t += kBlock) {
+      Block<kBlock> b;
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; ++i) {
+        __builtin_memcpy(&b.row[i], from + i * lane_stride + t, sizeof(b.row[i]));
+      }
+      b.template exchange<1>();
+      b.template exchange<2>();
+      if constexpr (kBlock > 4) b.template exchange<4>();
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; ++i) {
+        __builtin_memcpy(out + (t + i) * width + n, &b.row[i], sizeof(b.row[i]));
+      }
+    }
+    if constexpr (kBlock > 4) {
+      transpose_blocks<4>(from + t, lane_stride, positions - t, kBlock, width, out + t * width + n);
+    } else {
+      transpose_elements(from + t, lane_stride, positions - t, kBlock, width, out + t * width + n);
+    }
+  }
+  transpose_elements(in + n * lane_stride, lane_stride, positions, lanes - n, width, out + n);
+}
+#endif
+
 template <class T>
 ADAGRAD_KERNELS_INLINE void pack_transposed(const T* in, int64_t lane_stride, int64_t positions,
                                             int64_t lanes, int64_t width, T* out) {
-  int64_t n = 0;
 #if defined(__GNUC__) && !defined(__clang__)
   if constexpr (sizeof(T) == 4) {
-    typedef float V4 __attribute__((vector_size(16)));
-    typedef int I4 __attribute__((vector_size(16)));
-    for (; n + 4 <= lanes; n += 4) {
-      const T* row[4] = {in + n * lane_stride, in + (n + 1) * lane_stride,
-                         in + (n + 2) * lane_stride, in + (n + 3) * lane_stride};
-      int64_t t = 0;
-      for (; t + 4 <= positions; t += 4) {
-        V4 r[4];
-        for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], row[i] + t, 16);
-        const V4 a = __builtin_shuffle(r[0], r[1], I4{0, 4, 1, 5});
-        const V4 b = __builtin_shuffle(r[2], r[3], I4{0, 4, 1, 5});
-        const V4 c = __builtin_shuffle(r[0], r[1], I4{2, 6, 3, 7});
-        const V4 d = __builtin_shuffle(r[2], r[3], I4{2, 6, 3, 7});
-        const V4 q[4] = {
-            __builtin_shuffle(a, b, I4{0, 1, 4, 5}), __builtin_shuffle(a, b, I4{2, 3, 6, 7}),
-            __builtin_shuffle(c, d, I4{0, 1, 4, 5}), __builtin_shuffle(c, d, I4{2, 3, 6, 7})};
-        for (int i = 0; i < 4; ++i) __builtin_memcpy(out + (t + i) * width + n, &q[i], 16);
-      }
-      for (; t < positions; ++t) {
-        for (int i = 0; i < 4; ++i) out[t * width + n + i] = row[i][t];
-      }
-    }
+    transpose_blocks<kVectorBytes >= 32 ? 8 : 4>(in, lane_stride, positions, lanes, width, out);
+    return;
   }
 #endif
-  for (; n < lanes; ++n) {
-    for (int64_t t = 0; t < positions; ++t) out[t * width + n] = in[n * lane_stride + t];
-  }
+  transpose_elements(in, lane_stride, positions, lanes, width, out);
 }
 
 // One panel of one sample to [t][panel_width], lanes beyond the last zero.
@@ -249,25 +292,23 @@ ADAGRAD_KERNELS_INLINE void range(const WeightGrad<T>& a, int64_t first, int64_t
   constexpr int kNarrow = 64 / kVectorBytes;  // vectors in a panel of 64 bytes
   const int64_t positions = a.positions;
   const int64_t panel_size = positions * a.panel_width;
-  const int64_t image_size = a.image();
-  const bool in_place = a.frames == a.depth && a.rows == a.height && a.columns == a.width &&
-                        a.narrow_column == 1 && a.narrow_row == a.width &&
-                        a.narrow_frame == a.height * a.width &&
-                        a.narrow_channel == a.depth * a.height * a.width;
+  const bool packs = a.images == nullptr && !a.packed();
+  const T* images = a.images ? a.images : a.narrow;
+  const int64_t from_image = a.packed() && !a.images ? a.narrow_sample : a.image_stride();
   T* wide = a.scratch;
-  T* image = wide + a.chunk * (last_panel - first_panel) * panel_size;
-  T* norms = image + (in_place ? 0 : a.chunk * image_size);
+  T* own = wide + a.chunk * (last_panel - first_panel) * panel_size;
+  T* norms = own + (packs ? a.chunk * from_image : 0);
   for (int64_t s0 = first; s0 < last; s0 += a.chunk) {
     const int64_t samples = last - s0 < a.chunk ? last - s0 : a.chunk;
     const Chunk<T> chunk = {wide,
                             (last_panel - first_panel) * panel_size,
-                            in_place ? a.narrow + s0 * a.narrow_sample : image,
-                            in_place ? a.narrow_sample : image_size,
+                            packs ? own : images + s0 * from_image,
+                            from_image,
                             samples,
                             s0 == first};
     for (int64_t s = 0; s < samples; ++s) {
       store(norms + s * kLanes<T>, Vector<T>{});
-      if (!in_place) pack_narrow(a, s0 + s, image + s * image_size);
+      if (packs) pack_narrow(a, s0 + s, own + s * from_image);
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         T* out = wide + s * chunk.wide_stride + (panel - first_panel) * panel_size;
         pack_wide(a, s0 + s, panel, out);
@@ -295,8 +336,9 @@ ADAGRAD_KERNELS_INLINE void gram_range(const WeightGrad<T>& a, int64_t first, in
   const int64_t positions = a.positions, width = a.panel_width;
   const int64_t panels = (a.lanes + width - 1) / width, lanes = panels * width;
   T* packed = a.scratch;
-  T* image = packed + positions * width;
-  T* u = image + a.image();
+  T* own = packed + positions * width;
+  const bool packs = a.images == nullptr && !a.packed();
+  T* u = own + (packs ? a.image() : 0);
   T* v = u + positions * lanes;
   for (int64_t s = first; s < last; ++s) {
     for (int64_t panel = 0; panel < panels; ++panel) {
@@ -305,7 +347,9 @@ ADAGRAD_KERNELS_INLINE void gram_range(const WeightGrad<T>& a, int64_t first, in
         __builtin_memcpy(u + t * lanes + panel * width, packed + t * width, sizeof(T) * width);
       }
     }
-    pack_narrow(a, s, image);
+    if (packs) pack_narrow(a, s, own);
+    const T* given = a.images ? a.images + s * a.image_stride() : a.narrow + s * a.narrow_sample;
+    const T* image = packs ? own : given;
     for (int64_t t = 0; t < positions; ++t) {
       const T* at = image + a.position[t];
       for (int64_t m = 0; m < a.members; ++m) v[t * a.members + m] = at[a.base[m]];
@@ -318,6 +362,9 @@ ADAGRAD_KERNELS_INLINE void gram_range(const WeightGrad<T>& a, int64_t first, in
   void weight_grad_range(const WeightGrad<T>& a, int64_t first, int64_t last, int64_t first_panel, \
                          int64_t last_panel) {                                                     \
     range<T>(a, first, last, first_panel, last_panel);                                             \
+  }                                                                                                \
+  void pack_images_range(const WeightGrad<T>& a, int64_t first, int64_t last, T* images) {         \
+    for (int64_t s = first; s < last; ++s) pack_narrow(a, s, images + s * a.image_stride());       \
   }                                                                                                \
   void gram_norms_range(const WeightGrad<T>& a, int64_t first, int64_t last) {                     \
     gram_range<T>(a, first, last);                                                                 \
