@@ -160,13 +160,16 @@ def conv2d(b: int, channels: int, out: int, kernel: int, size: int, groups: int 
         conv2d(400, 2, 3, 3, 3),  # many samples in a chunk
         conv2d(4, 36, 36, 3, 6, groups=36),  # depthwise
         conv2d(2, 8, 70, 1, 9),  # pointwise, in place
+        conv2d(3, 64, 96, 1, 4),  # the same with few pixels: norms by their products
+        conv2d(3, 256, 320, 3, 4, groups=2),  # two large weights, few pixels
     ],
     ids=str,
 )
+@pytest.mark.parametrize("coordinates", [True, False])
 def test_conv_over_threads(
-    device: torch.device, conv: Conv, dtype: torch.dtype, layout: str
+    device: torch.device, conv: Conv, coordinates: bool, dtype: torch.dtype, layout: str
 ) -> None:
-    check_conv(device, conv, (True, True, True), dtype, layout, layout)
+    check_conv(device, conv, (True, True, coordinates), dtype, layout, layout)
 
 
 @settings(max_examples=40)
