@@ -136,6 +136,8 @@ def test_info_tells_what_a_gpu_would_run(monkeypatch, reason, kernel):
         (["train", "--max-micro-batch-size", "0"], "max_micro_batch_size must be at least 1"),
         (["train", "--samples", "0"], "samples must be at least 1, got 0"),
         (["train", "--threads", "-1"], "threads must not be negative, got -1"),
+        (["train", "--seed", "-1"], "seed must lie in [0, 2**63), got -1"),
+        (["train", "--seed", "9" * 20], "seed must lie in [0, 2**63), got 9999"),
         (["train", "--checkpoint-every", "-1"], "checkpoint-every must not be negative, got -1"),
         (["train", "--device", "abacus"], "device 'abacus'"),
         (["train", "--dataset", "mnist"], "--dataset mnist needs --data-dir"),

@@ -90,6 +90,8 @@ class TrainingRun:
             raise UsageError(f"lr must be a positive number, got {self.lr:g}")
         if self.threads < 0:
             raise UsageError(f"threads must not be negative, got {self.threads}")
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"seed must lie in [0, 2**63), got {self.seed}")
         if self.decay_until and not 0 <= self.warmup < self.decay_until:
             raise UsageError(f"warmup {self.warmup} must be less than decay_until")
 
