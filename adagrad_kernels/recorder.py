@@ -6,36 +6,21 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from . import backward_rows, faults
-from .distributed import Ranks, uses_processes
+from .distributed import Ranks
 from .eager import outside_graphs
 from .functional import Call
+from .gradient_watch import GradientWatch
 from .layers import ObservedLayer
 from .layers.base import Updater
 from .layers.shared_values import SharedValues
-from .selfcheck import Explanation, Gradients, parameters_with_grad
+from .selfcheck import Explanation, parameters_with_grad
 from .shared import ObservedCall, cross_terms, repeated_uses
-
-
-class Noted(NamedTuple):
-    """A gradient as a backward pass has left it.
-
-    Attributes:
-        parameter: whose it is.
-        grad: itself.
-        version: how often it had been written to.
-        in_time: whether the first layer call of a backward pass comes before it is added to.
-    """
-
-    parameter: weakref.ref[nn.Parameter]
-    grad: weakref.ref[Tensor]
-    version: int
-    in_time: bool
 
 
 class Recorder:
@@ -88,7 +73,7 @@ class Recorder:
         self._collected_task = -1  # the last one whose probe was collected
         self._outer_task = -1  # the one in which a reentrant checkpoint runs
         self._last_outer_task = -1  # that of the last one collected
-        self._noted: Noted | None = None
+        self._gradients = GradientWatch()
         self._suspicion = ""  # what is wrong with the present backward pass, if it accumulates
         self._forget()
 
@@ -100,7 +85,7 @@ class Recorder:
         self._last_seen: set[str] = set()
         self._notified_calls = 0
         self._with_grad: dict[str, nn.Parameter] | None = None  # what `Observer.check` has found
-        self._left = Gradients()
+        self._gradients.forget()
         self._cross_sums: dict[Tensor, Tensor] = {}  # by coordinate probe
         self._uncancelled: Tensor | None = None  # Σ ‖c_i^k‖² of micro-batches with cross terms
 
@@ -180,7 +165,7 @@ class Recorder:
                     self._clear_coordinates()
             self._task = task
             self._begin_again()
-            self._suspicion = self._gradient_fault(in_time=True)
+            self._suspicion = self._gradient_fault(begins=True)
         if self.updater is not None:
             self.updater.on_backward(saved[0].shape[0])
         # By a compiled graph, or a reentrant checkpoint.
@@ -248,7 +233,7 @@ class Recorder:
             if self._outer_task == self._last_outer_task:
                 self._faults.append(faults.REENTRANT)
             self._last_outer_task, self._outer_task = self._outer_task, -1
-        fault = self._suspicion if calls else self._gradient_fault(in_time=False)
+        fault = self._suspicion if calls else self._gradient_fault(begins=False)
         if fault:
             self._faults.append(fault)
         if calls:
@@ -306,57 +291,24 @@ class Recorder:
 
     @outside_graphs
     def _note_gradients(self, layers: list[ObservedLayer]) -> None:
-        """At the end of a backward pass: which versions the gradients have.
-
-        And one for the time after `reset`, that the coming passes add to after the first of these
-        layers has notified of itself; without layers, as of a compiled model, any.
-        """
+        """At the end of a backward pass through these layers; none are known of a compiled one."""
+        own = (p for layer in layers for p in parameters_with_grad(cast(nn.Module, layer)))
+        first = next(own, None)
         measured: Iterable[nn.Parameter] = self._names
         if self.partial:
-            measured = {p for layer in layers for p in parameters_with_grad(cast(Any, layer))}
-        self._left = Gradients(measured)
-        measured = (p for layer in layers for p in parameters_with_grad(cast(nn.Module, layer)))
-        p = next(measured, None)
-        in_time = p is not None
-        if p is None:
-            p = next((q for q in self._names if q.requires_grad and q.grad is not None), None)
-        grad = None if p is None else p.grad
-        if p is None or grad is None:
-            self._noted = None
-        else:
-            self._noted = Noted(weakref.ref(p), weakref.ref(grad), grad._version, in_time)
+            measured = {first, *own} if first is not None else ()
+        self._gradients.note(measured, first)
 
     def accept_changes(self) -> None:
         """The gradients have been written to since the backward pass, as they may be."""
-        self._noted, self._left = None, Gradients()
+        self._gradients.accept()
 
     def weights_changed(self) -> None:
         """No graph of a forward pass before this can be backpropagated any more."""
         self._pending.clear()
 
-    def _gradient_fault(self, in_time: bool) -> str:
-        """Whether the gradients are those that this backward pass may add to.
-
-        On one process; where that is part of a group, one that has been replaced by another tensor
-        says nothing: `DistributedDataParallel` may do that.
-
-        Args:
-            in_time: called before it is added to.
-        """
-        if self._noted is None:
-            return ""
-        p, grad = self._noted.parameter(), self._noted.grad()
-        if not (in_time and self._noted.in_time):
-            gone = p is not None and p.grad is not grad and not uses_processes()
-            return faults.CLEARED if gone and self._micro_batches else ""
-        if self._micro_batches and self._left.changed():
-            return faults.CLEARED
-        if p is None or (p.grad is not None and p.grad is not grad):
-            return ""
-        kept = grad is not None and p.grad is grad and grad._version == self._noted.version
-        if kept == bool(self._micro_batches):
-            return ""
-        return faults.NOT_ZEROED if kept else faults.CLEARED
+    def _gradient_fault(self, begins: bool) -> str:
+        return self._gradients.fault(bool(self._micro_batches), begins)
 
     def _explain_when_complete(self, first: Explanation, sum_norms_sq: Tensor) -> None:
         """Has the first backward pass checked at its end; with several ranks when all `check`."""
@@ -405,8 +357,7 @@ class Recorder:
 
         On one process. That all of them have been cleared is for the caller to say.
         """
-        if self._left.changed() and not self._left.cleared():
-            raise RuntimeError(faults.CHANGED)
+        self._gradients.check()
 
     def reset(self) -> None:
         """Forgets what was measured, for the next step. Gradients are not touched."""

@@ -11,14 +11,14 @@ gradients before they are averaged, are summed over them, so that all come to th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import faults
-from .distributed import Ranks, is_sharded, uses_processes
+from .distributed import Ranks, is_sharded
 from .eager import outside_graphs
 from .shared import ObservedCall
 
@@ -33,30 +33,6 @@ _ALLOWED = {
 
 _LEAST = 1e-18
 """Of gradients whose elements are smaller nothing is said: their squares vanish in float32."""
-
-
-class Gradients:
-    """The gradients of these parameters as a backward pass has left them, on one process."""
-
-    def __init__(self, params: Iterable[nn.Parameter] = ()) -> None:
-        grads = [(p, p.grad) for p in params]
-        self._left = [(p, grad, grad._version) for p, grad in grads if grad is not None]
-
-    def changed(self) -> bool:
-        """Whether one has been written to, replaced or cleared since.
-
-        Not whether it has been replaced where processes are in use: `DistributedDataParallel` does
-        that, even with one process.
-        """
-        may_be_replaced = uses_processes()
-        return any(
-            grad._version != version or (p.grad is not grad and not may_be_replaced)
-            for p, grad, version in self._left
-        )
-
-    def cleared(self) -> bool:
-        """Whether all of them have been."""
-        return all(p.grad is None for p, _, _ in self._left)
 
 
 class Explanation:

@@ -20,7 +20,7 @@ from .distributed import (
     sharded_modules,
 )
 from .eager import outside_graphs
-from .selfcheck import Gradients
+from .gradient_watch import GradientWatch
 from .statistics import GradientStatistics
 
 
@@ -52,6 +52,7 @@ class WorkerObserver:
         self._sharded: set[nn.Module] = set()
         self._task = -1  # the backward pass that _norms belong to
         self._samples = 0
+        self._gradients = GradientWatch()
         self.reset()
 
     def _called(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -91,7 +92,7 @@ class WorkerObserver:
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
-            if self._micro_batches and self._left.changed():
+            if self._micro_batches and self._gradients.changed():
                 self._fault = faults.CLEARED
             if self.ranks.size == 1:  # otherwise they are still to be averaged
                 torch.autograd.Variable._execution_engine.queue_callback(self._note_gradients)
@@ -100,16 +101,15 @@ class WorkerObserver:
 
     @outside_graphs
     def _note_gradients(self) -> None:
-        self._left = Gradients(p for _, p in self.parameters())
+        self._gradients.note(p for _, p in self.parameters())
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if the gradients have been changed since the backward pass."""
-        if self._left.changed() and not self._left.cleared():
-            raise RuntimeError(faults.CHANGED)
+        self._gradients.check()
 
     def accept_changes(self) -> None:
         """The gradients have been written to since the backward pass, as they may be."""
-        self._left = Gradients()
+        self._gradients.accept()
 
     @property
     def micro_batches(self) -> int:
@@ -149,7 +149,7 @@ class WorkerObserver:
         self._micro_batches: list[tuple[int, list[Tensor]]] = []
         self._calls = 0
         self._sizes: set[int] = set()  # of the calls
-        self._left = Gradients()
+        self._gradients.forget()
         self._fault = ""
 
     def detach(self) -> None:

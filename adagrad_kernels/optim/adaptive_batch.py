@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from ..criteria import Criterion
 from ..eager import outside_graphs
 from .base import check_max_grad_norm
-from .cycle import BatchCycle, check_criterion
+from .checks import check_criterion
+from .cycle import BatchCycle
 from .cycled import Cycled, check_state
 from .work import refuse_sparse
 

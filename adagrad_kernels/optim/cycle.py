@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..batch_size import BatchSizeController
-from ..criteria import NEEDS, Averaged, Criterion, Decision, NormTest, StatefulCriterion
-from ..criteria.base import ceil
+from ..criteria import Averaged, Criterion, Decision, NormTest, StatefulCriterion
 from ..distributed import Group, is_data_parallel, local
 from ..observer import Observer, observe
 from ..selfcheck import parameter_name, parameters_with_grad
 from ..statistics import GradientStatistics
 from ..workers import WorkerObserver
+from .checks import check_criterion, check_options, checked, inner_products_for
 from .work import refuse_sparse
 
 logger = logging.getLogger("adagrad_kernels")
@@ -64,7 +63,7 @@ class BatchCycle:
                 "observes the model's layers, parameters alone are not enough"
             )
         check_criterion(criterion)
-        _check_options(options)
+        check_options(options)
         self.controller = BatchSizeController(batch_size, max_batch_size, **options)
         self.criterion = criterion if criterion is not None else NormTest(0.1)
         stateful = isinstance(self.criterion, StatefulCriterion)
@@ -80,7 +79,7 @@ class BatchCycle:
             self.observer = observe(
                 model,
                 coordinates="coordinates" in self.criterion.needs,
-                inner_products=_inner_products(self.criterion),
+                inner_products=inner_products_for(self.criterion),
                 fallback=fallback,
                 process_group=process_group,
                 layers=observe_layers,
@@ -316,7 +315,7 @@ class BatchCycle:
         return float(mean)
 
     def _test(self, statistics: GradientStatistics) -> Decision:
-        decision = _checked(self.criterion.evaluate(statistics), self.criterion)
+        decision = checked(self.criterion.evaluate(statistics), self.criterion)
         if self._memory is not None:
             self._memory.record(statistics)
         if not decision.tested and statistics.batch_size > 1:
@@ -388,51 +387,6 @@ class BatchCycle:
             self._memory.load_state_dict(state["criterion"])
         self.controller.load_state_dict(state["controller"])
         self.forget()
-
-
-def check_criterion(criterion: Criterion | None) -> None:
-    """Raises TypeError for anything else than a criterion."""
-    is_one = hasattr(criterion, "evaluate") and not isinstance(criterion, type)
-    if criterion is not None and not is_one:
-        raise TypeError(f"criterion must be one such as NormTest(0.1), got {criterion!r}")
-    needs = getattr(criterion, "needs", None)
-    if criterion is not None and not (isinstance(needs, frozenset | set) and needs <= NEEDS):
-        raise TypeError(
-            f"needs of {criterion!r} must be a set out of {', '.join(sorted(NEEDS))}, got {needs!r}"
-        )
-
-
-def _checked(decision: object, criterion: Criterion) -> Decision:
-    """A criterion's decision, with a whole number of samples.
-
-    Raises:
-        TypeError: it is none.
-    """
-    if not isinstance(decision, Decision) or not decision.batch_size >= 1:
-        raise TypeError(
-            f"evaluate() of {criterion!r} must return a Decision with a batch_size of at least 1, "
-            f"got {decision!r}; the weights have been updated before the test"
-        )
-    size = decision.batch_size
-    return decision if type(size) is int else replace(decision, batch_size=ceil(size))
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """That the controller knows them.
-
-    Raises:
-        TypeError: otherwise.
-    """
-    known = list(inspect.signature(BatchSizeController).parameters)[2:]
-    for name in options:
-        if name not in known:
-            others = "fallback, process_group, observe_layers, folded"
-            raise TypeError(f"unexpected argument {name!r}; there are {', '.join(known)}, {others}")
-
-
-def _inner_products(criterion: Criterion) -> bool | str:
-    """What `observe` is to measure for this test."""
-    return "all" if "all_inner_products" in criterion.needs else "inner_products" in criterion.needs
 
 
 def named_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
