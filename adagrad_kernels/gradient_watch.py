@@ -5,9 +5,10 @@ compared with samples' gradients that they are not the mean of.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from . import faults
@@ -23,6 +24,32 @@ class _One(NamedTuple):
     first: bool
 
 
+_Left = tuple[nn.Parameter, Tensor, int]
+
+
+def _as_left(params: Iterable[nn.Parameter]) -> list[_Left]:
+    grads = [(p, p.grad) for p in params]
+    return [(p, grad, grad._version) for p, grad in grads if grad is not None]
+
+
+def _changed(left: list[_Left]) -> bool:
+    may_be_replaced = uses_processes()
+    return any(
+        grad._version != version or (p.grad is not grad and not may_be_replaced)
+        for p, grad, version in left
+    )
+
+
+def at_the_end(function: Callable[[], None]) -> None:
+    """Has it called when the present backward pass is over.
+
+    Where processes are in use, after `DistributedDataParallel`, which has itself called by the
+    same means during the pass, has written averages to the gradients.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue((lambda: queue(function)) if uses_processes() else function)
+
+
 class GradientWatch:
     """The gradients as a backward pass has left them, on one process.
 
@@ -31,18 +58,25 @@ class GradientWatch:
     """
 
     def __init__(self) -> None:
-        self._left: list[tuple[nn.Parameter, Tensor, int]] = []
+        self._left: list[_Left] = []
+        self._late: list[_Left] = []
         self._one: _One | None = None
 
-    def note(self, measured: Iterable[nn.Parameter], first: nn.Parameter | None = None) -> None:
+    def note(
+        self,
+        measured: Iterable[nn.Parameter],
+        first: nn.Parameter | None = None,
+        late: Iterable[nn.Parameter] | None = None,
+    ) -> None:
         """At the end of a backward pass.
 
         Args:
             measured: the parameters whose gradients matter.
             first: one whose layer comes before all others in such a pass, if that is known.
+            late: those that no pass adds to before that layer; all, if not given.
         """
-        grads = [(p, p.grad) for p in measured]
-        self._left = [(p, grad, grad._version) for p, grad in grads if grad is not None]
+        self._left = _as_left(measured)
+        self._late = self._left if late is None else _as_left(late)
         self._one = None
         if first is not None and first.grad is not None:
             grad = first.grad
@@ -53,23 +87,20 @@ class GradientWatch:
 
     def accept(self) -> None:
         """They have been written to, as they may be."""
-        self._left, self._one = [], None
+        self.forget()
+        self._one = None
 
     def forget(self) -> None:
         """A new batch begins: they are to be cleared."""
-        self._left = []
+        self._left, self._late = [], []
 
     def changed(self) -> bool:
-        """Whether one has been written to, replaced or cleared."""
-        may_be_replaced = uses_processes()
-        return any(
-            grad._version != version or (p.grad is not grad and not may_be_replaced)
-            for p, grad, version in self._left
-        )
+        """Whether one that comes late has been written to, replaced or cleared."""
+        return _changed(self._late)
 
     def check(self) -> None:
         """Raises RuntimeError if they have been changed; not if all of them have been cleared."""
-        if self.changed() and any(p.grad is not None for p, _, _ in self._left):
+        if _changed(self._left) and any(p.grad is not None for p, _, _ in self._left):
             raise RuntimeError(faults.CHANGED)
 
     def fault(self, accumulating: bool, begins: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -15,7 +15,7 @@ from . import backward_rows, faults
 from .distributed import Ranks
 from .eager import outside_graphs
 from .functional import Call
-from .gradient_watch import GradientWatch
+from .gradient_watch import GradientWatch, at_the_end
 from .layers import ObservedLayer
 from .layers.base import Updater
 from .layers.shared_values import SharedValues
@@ -53,6 +53,7 @@ class Recorder:
         self.inner_products = bool(inner_products)
         self._keeps_all = inner_products == "all"
         self._names, self._tied = names, tied
+        self._layers: list[ObservedLayer] = []  # set by the observer
         double = any(p.dtype == torch.float64 for p in names)
         self._dtype = torch.float64 if double else torch.float32
         self.probe = torch.empty(0)
@@ -273,8 +274,7 @@ class Recorder:
         self._with_grad = None
         probe.grad = None
         if self.ranks.size == 1:  # otherwise they are still to be averaged
-            note = functools.partial(self._note_gradients, [call.layer for call in calls])
-            torch.autograd.Variable._execution_engine.queue_callback(note)
+            at_the_end(functools.partial(self._note_gradients, [call.layer for call in calls]))
 
     def _settle(self, calls: list[ObservedCall]) -> None:
         """That each of the calls was made in a forward pass of its own."""
@@ -292,20 +292,15 @@ class Recorder:
     @outside_graphs
     def _note_gradients(self, layers: list[ObservedLayer]) -> None:
         """At the end of a backward pass through these layers; none are known of a compiled one."""
-        own = (p for layer in layers for p in parameters_with_grad(cast(nn.Module, layer)))
-        first = next(own, None)
-        measured: Iterable[nn.Parameter] = self._names
-        if self.partial:
-            measured = {first, *own} if first is not None else ()
-        self._gradients.note(measured, first)
+        own = None
+        if self.partial or len({id(layer) for layer in layers}) < len(self._layers):
+            own = set(_with_grad(layers))  # the others may belong to compiled graphs
+        measured = own if self.partial and own is not None else self._names
+        self._gradients.note(measured, next(_with_grad(layers), None), own)
 
     def accept_changes(self) -> None:
         """The gradients have been written to since the backward pass, as they may be."""
         self._gradients.accept()
-
-    def weights_changed(self) -> None:
-        """No graph of a forward pass before this can be backpropagated any more."""
-        self._pending.clear()
 
     def _gradient_fault(self, begins: bool) -> str:
         return self._gradients.fault(bool(self._micro_batches), begins)
@@ -371,6 +366,10 @@ class Recorder:
     def _clear_coordinates(self) -> None:
         for probe in self._coordinate_probes.values():
             probe.grad = None
+
+
+def _with_grad(layers: list[ObservedLayer]) -> Iterator[nn.Parameter]:
+    return (p for layer in layers for p in parameters_with_grad(cast(nn.Module, layer)))
 
 
 def _used_again(calls: list[ObservedCall]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from .distributed import (
     sharded_modules,
 )
 from .eager import outside_graphs
-from .gradient_watch import GradientWatch
+from .gradient_watch import GradientWatch, at_the_end
 from .statistics import GradientStatistics
 
 
@@ -65,8 +65,7 @@ class WorkerObserver:
                 if module is not model:
                     # fully_shard's own hook comes before it
                     self._handles.append(module.register_forward_pre_hook(self._unsharded))
-        tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim())
-        first = next(tensors, None)
+        first = _first_tensor((*args, *kwargs.values()))
         if first is None:
             raise ValueError("the model was called without a tensor whose rows count the samples")
         self._samples = first.shape[0]
@@ -95,7 +94,7 @@ class WorkerObserver:
             if self._micro_batches and self._gradients.changed():
                 self._fault = faults.CLEARED
             if self.ranks.size == 1:  # otherwise they are still to be averaged
-                torch.autograd.Variable._execution_engine.queue_callback(self._note_gradients)
+                at_the_end(self._note_gradients)
             self._micro_batches.append((self._samples, []))
         self._micro_batches[-1][1].append(torch.linalg.vector_norm(grad, dtype=torch.float64))
 
@@ -131,8 +130,9 @@ class WorkerObserver:
         if self.micro_batches < self._calls and len(self._sizes) > 1:
             raise RuntimeError(
                 f"the model was called with {' and '.join(map(str, sorted(self._sizes)))} samples, "
-                "not always followed by a backward pass, so that the number of samples in the "
-                "batch is not known: evaluate under torch.no_grad()"
+                "and not each time for a backward pass of its own, so that the number of samples "
+                "in the batch is not known: call it once for each backward pass, and evaluate "
+                "under torch.no_grad()"
             )
         if self.micro_batches > self._calls:
             raise RuntimeError(
@@ -192,3 +192,14 @@ class WorkerObserver:
         return GradientStatistics.between_workers(
             self.micro_batches * self.ranks.size, int(samples), sum_sq, mean_norm_sq, gradient_scale
         )
+
+
+def _first_tensor(found: Any) -> Tensor | None:
+    """The first one with a dimension, in nested sequences and dictionaries."""
+    if isinstance(found, Tensor):
+        return found if found.dim() else None
+    if isinstance(found, Mapping):
+        found = found.values()
+    elif not isinstance(found, list | tuple):
+        return None
+    return next((t for t in map(_first_tensor, found) if t is not None), None)

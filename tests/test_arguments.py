@@ -117,6 +117,8 @@ def test_transforms_of_observed_models_are_named(transformed: Any) -> None:
     with pytest.raises(RuntimeError, match=r"layer '0' is observed.*copy.deepcopy"):
         transformed(model)
     transformed(copy.deepcopy(model))
+    model.requires_grad_(False)  # nothing is measured
+    transformed(model)
 
 
 def test_complex_parameters_are_refused_by_name() -> None:

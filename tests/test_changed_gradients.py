@@ -1,10 +1,13 @@
 """Gradients that are not what the backward passes left: noticed before anything is tested."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed_processes import run
 from torch import Tensor, nn
 from training import Make, all_optimizers, assert_unchanged, batches, mse, network, snapshot
 
@@ -164,21 +167,44 @@ def test_a_graph_of_old_weights_is_an_error_as_in_torch(make: Make) -> None:
         old.backward()
 
 
-def test_a_second_backward_is_noticed_after_forward_passes_that_had_none() -> None:
-    model = network()
-    opt = ak.AdAdaGrad(model, batch_size=16, max_batch_size=16)
-    first, second, third = batches(3, 8)
-    mse(model, first)  # evaluated without no_grad
-    for batch in (first, second):
-        mse(model, batch).backward()
-        opt.step()
-    opt.zero_grad()
-    loss = mse(model, third)
-    loss.backward(retain_graph=True)
-    opt.step()
-    loss.backward()
-    with pytest.raises(RuntimeError, match="more backward passes than forward passes"):
-        opt.step()
+def test_losses_made_before_a_step_go_on_where_they_saved_no_weight() -> None:
+    """As with torch's optimizer: an embedding, and a linear layer on data."""
+    torch.manual_seed(0)
+    indices, x = torch.randint(7, (2, 8, 1)), torch.randn(2, 8, 5)
+    for layer, data in ((nn.Embedding(7, 3), indices), (nn.Linear(5, 3), x)):
+        plain = copy.deepcopy(layer)
+        ours = ak.AdAdaGrad(layer, lr=0.1, batch_size=8, max_batch_size=8)
+        theirs = torch.optim.Adagrad(plain.parameters(), lr=0.1)
+        for model, opt in ((layer, ours), (plain, theirs)):
+            losses = [model(each).square().mean() for each in data]
+            for loss in losses:
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+        assert ours.samples == 16
+        torch.testing.assert_close(layer.weight, plain.weight)
+
+
+def data_parallel(rank: int, world: int) -> dict[str, Any]:
+    """What `DistributedDataParallel` writes to the gradients at the end is no change."""
+    found: dict[str, Any] = {}
+    for criterion in (ak.WorkerNormTest(0.5), ak.CoordinateNormTest(0.5), ak.NormTest(0.5)):
+        for bucket_view in (False, True):
+            torch.manual_seed(0)
+            plain = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+            model = nn.parallel.DistributedDataParallel(plain, gradient_as_bucket_view=bucket_view)
+            opt = optimizer(model, criterion)
+            for batch in batches(4, 8):
+                mse(model, batch).backward()
+                opt.step()
+                opt.zero_grad()
+            found[f"{criterion} {bucket_view}"] = opt.samples
+    return found
+
+
+def test_one_process_with_data_parallel(tmp_path: Path) -> None:
+    (found,) = run(data_parallel, 1, tmp_path)
+    assert set(found.values()) == {32}
 
 
 def test_lazy_coordinates_are_not_those_of_later_gradients() -> None:

@@ -1,7 +1,7 @@
 """Whole training runs, compiled, with growing batches."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from models import CLASSES, Transformer, cnn, cross_entropy, images, texts
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import TensorDataset
-from training import weights
+from training import batches, mse, network, weights
 
 import adagrad_kernels as ak
 
@@ -149,3 +149,21 @@ def test_the_loader_makes_room_before_anything_is_compiled() -> None:
     before = small.cycle.observer.probe
     ak.AdaptiveDataLoader(images(), small, max_micro_batch_size=micro)
     assert small.cycle.observer.probe is before  # batches never get that large
+
+
+@pytest.mark.parametrize("criterion", [ak.NormTest(0.5), ak.CoordinateNormTest(0.5)])
+def test_micro_batches_of_a_model_whose_last_part_is_compiled(criterion: Any) -> None:
+    """Its gradients are complete before the first eager layer's backward pass begins."""
+    model = network()
+    model[2].compile(backend="aot_eager")
+    eager = network()
+    size = {"batch_size": 16, "max_batch_size": 16}
+    opt, expected = (ak.AdAdaGrad(m, criterion=criterion, **size) for m in (model, eager))
+    for batch in batches(4, 8):
+        for net, each in ((model, opt), (eager, expected)):
+            mse(net, batch).backward()
+            each.step()
+            each.zero_grad()
+        assert opt.updated == expected.updated
+    assert opt.samples == 32
+    assert opt.decision.ratio == pytest.approx(expected.decision.ratio)

@@ -60,6 +60,7 @@ class Run:
                     self.scheduler.step()
                     self.optimizer.zero_grad()
                 self.seen[-1].append((x, y))
+                assert self.opt.updated == self.batches.batch_complete
                 if self.batches.batch_complete:
                     self.complete += accelerator.sync_gradients
                     self.seen.append([])

@@ -132,18 +132,43 @@ def test_a_new_loader_begins_with_the_optimizers_next_batch() -> None:
     assert complete == [False, True, False, False, True, False, False, True]
 
 
-def test_updated_ends_with_the_next_backward_pass() -> None:
-    """Accelerate does not call `step` in the other micro-batches."""
-    model = network()
-    opt = ak.AdAdaGrad(model, batch_size=8, max_batch_size=8)
-    batch = next(iter(ak.AdaptiveDataLoader(dataset(), opt)))
-    mse(model, batch).backward()
-    opt.step()
-    assert opt.updated
-    opt.zero_grad()
-    assert opt.updated
-    mse(model, batch).backward()
-    assert not opt.updated
+@pytest.mark.parametrize("bad", [3, 4])
+def test_local_steps_leave_batches_out_alike(bad: int) -> None:
+    def local(model: nn.Module, **options: Any) -> ak.LocalAdaptiveBatch:
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        return ak.LocalAdaptiveBatch(model, inner, local_steps=2, **options)
+
+    loop = Loop(local)
+    for number, batch in enumerate(islice(loop.micro_batches(), 13)):
+        loop.opt.zero_grad()  # before a backward pass it changes nothing
+        if number == bad:
+            (mse(loop.model, batch) * torch.nan).backward()
+            loop.opt.zero_grad()
+            continue
+        mse(loop.model, batch).backward()
+        loop.step()
+    assert weights(loop.model).isfinite().all()
+    assert len(loop.updates) == 1 + (13 - bad - 1) // 3
+    order = torch.cat(loop.served).split(8)
+    for k, batch in enumerate(loop.updates[1:]):
+        assert torch.equal(batch, torch.cat(order[bad + 1 + 3 * k : bad + 4 + 3 * k]))
+
+
+def test_local_steps_go_on_after_an_error() -> None:
+    def local(model: nn.Module, **options: Any) -> ak.LocalAdaptiveBatch:
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        return ak.LocalAdaptiveBatch(model, inner, local_steps=2, **options)
+
+    loop = Loop(local)
+    for number, batch in enumerate(islice(loop.micro_batches(), 11)):
+        mse(loop.model, batch).backward()
+        if number == 4:
+            loop.model.zero_grad()
+            with pytest.raises(RuntimeError, match="without gradients"):
+                loop.opt.step()
+            continue
+        loop.step()
+    assert len(loop.updates) == 3
 
 
 @pytest.mark.parametrize("seed", [2**64 - 59, 10**16, -1])

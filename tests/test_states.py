@@ -144,6 +144,14 @@ def test_a_wrapped_optimizers_state_loads_as_a_whole_or_not_at_all() -> None:
     with pytest.raises(ValueError, match="parameter group"):
         large.load_state_dict(other.state_dict())
     assert large.batch_size == 64
+    model = large.cycle.observer.model
+    first, second = batches(2, 32)
+    for batch in (first, second):  # also in the middle of a batch
+        mse(model, batch).backward()
+        large.step()
+        with pytest.raises(ValueError, match="parameter group"):
+            large.load_state_dict(other.state_dict())
+    assert large.updated
 
 
 def test_averages_of_another_criterion_are_refused() -> None:

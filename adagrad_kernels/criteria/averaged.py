@@ -150,9 +150,10 @@ class Averaged:
             ValueError: these are averages of other quantities.
         """
         averages = state["averages"]
-        if averages is not None and state["of"] != self._averaged:
+        of = state.get("of", self._averaged)
+        if averages is not None and of != self._averaged:
             raise ValueError(
-                f"the saved averages are those of {state['of']}, not of {self._averaged}: load "
+                f"the saved averages are those of {of}, not of {self._averaged}: load "
                 "them into the same criterion (its bound may differ)"
             )
         if averages is not None:

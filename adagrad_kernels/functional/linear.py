@@ -26,7 +26,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, probe, weight_probe, bias_probe, call, update):
         ctx.dtypes = dtypes(weight, bias)
         weight, bias = autocast(weight, bias)
-        ctx.save_for_backward(x, weight, probe)
+        # A weight that is not needed may change before the backward pass, as with torch's own.
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, probe)
         ctx.call, ctx.update = call, update
         y = product(x, weight, bias)
         if x.dim() == 2:

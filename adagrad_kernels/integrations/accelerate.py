@@ -83,7 +83,7 @@ def prepare(
     model = accelerator.prepare_model(model)
     prepared = accelerator.prepare_optimizer(adaptive)  # type: ignore[arg-type]
     _refuse_clipping(accelerator, adaptive)
-    batches = AcceleratedLoader(accelerator, loader, model)
+    batches = AcceleratedLoader(accelerator, loader, model, adaptive)
     accelerator.register_for_checkpointing(batches)
     if scheduler is None:
         return model, prepared, batches
@@ -98,15 +98,21 @@ class AcceleratedLoader:
     """
 
     def __init__(
-        self, accelerator: Accelerator, loader: AdaptiveDataLoader, model: nn.Module
+        self,
+        accelerator: Accelerator,
+        loader: AdaptiveDataLoader,
+        model: nn.Module,
+        optimizer: AdaptiveOptimizer,
     ) -> None:
         self._accelerator, self._loader, self._model = accelerator, loader, model
+        self._cycle = optimizer.cycle
 
     def __iter__(self) -> Iterator[Any]:
         accelerator, model = self._accelerator, self._model
         for micro_batch in self._loader:
             complete = self._loader.batch_complete
             accelerator.sync_gradients = complete
+            self._cycle.updated = False  # the accelerator calls step() in the last one only
             if isinstance(model, DistributedDataParallel):
                 model.require_backward_grad_sync = complete
             yield send_to_device(micro_batch, accelerator.device)

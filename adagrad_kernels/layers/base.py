@@ -273,17 +273,19 @@ class ObservedLayer(Contributions):
         """
         if not torch.is_grad_enabled():
             return False
+        own = self._parameters
+        for name in self.observed_parameters:
+            p = own[name] if name in own else getattr(self, name)
+            if p is not None and p.requires_grad:
+                break
+        else:
+            return False
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"layer {self.observed_name!r} is observed, which torch.func (grad, vmap, jvp, …) "
                 "does not go through: give it copy.deepcopy(model), a plain model, or detach()"
             )
-        own = self._parameters
-        for name in self.observed_parameters:
-            p = own[name] if name in own else getattr(self, name)
-            if p is not None and p.requires_grad:
-                return True
-        return False
+        return True
 
     def rows_of_samples(self, rows: int) -> tuple[int, int]:
         """(b, k) where so many rows are k of each of b samples, one sample after another.

@@ -149,10 +149,11 @@ class AdaptiveBatch(Cycled):
         """
         check_state(self, state_dict, "optimizer", "adaptive")
         before = self.cycle.state_dict()
-        self.cycle.load_state_dict(state_dict["adaptive"])
+        self.cycle.restore(state_dict["adaptive"])
         try:
             self.optimizer.load_state_dict(state_dict["optimizer"])
         except Exception:
-            self.cycle.load_state_dict(before)
+            self.cycle.restore(before)
             raise
+        self.cycle.forget()
         self.zero_grad()

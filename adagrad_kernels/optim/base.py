@@ -257,7 +257,7 @@ class AdaptiveAdagrad(Cycled, Optimizer):
             for p, value in saved:
                 self._check_sum(p, value)
             if "adaptive" in state:
-                self.cycle.load_state_dict(state["adaptive"])
+                self.cycle.restore(state["adaptive"])
 
         def restore(_: Optimizer) -> None:  # torch has cast them to the parameter's dtype
             for p, value in saved:

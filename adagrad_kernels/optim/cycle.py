@@ -297,8 +297,6 @@ class BatchCycle:
             else:
                 controller.advance(None, None, samples)
             self.micro_batches = self._counted
-            if isinstance(self.observer, Observer):
-                self.observer.weights_changed()
         finally:
             self.forget()
         self.updated = True
@@ -347,7 +345,9 @@ class BatchCycle:
         if self.observer.micro_batches > self._counted:
             if self._counted:
                 logger.warning(
-                    "a batch is left out: zero_grad() instead of step() after micro-batch %d",
+                    "a batch is left out: zero_grad() instead of step() after backward pass %d "
+                    "(if it was for another model's loss: requires_grad_(False) of this one "
+                    "meanwhile)",
                     self.observer.micro_batches,
                 )
             self.forget()
@@ -382,11 +382,15 @@ class BatchCycle:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`; what had been accumulated is forgotten."""
+        self.restore(state)
+        self.forget()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`, but not what had been accumulated, as it may be taken back."""
         self.controller.check_state_dict(state["controller"])
         if self._memory is not None and "criterion" in state:
             self._memory.load_state_dict(state["criterion"])
         self.controller.load_state_dict(state["controller"])
-        self.forget()
 
 
 def named_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -106,8 +106,5 @@ class Cycled:
 
     @property
     def updated(self) -> bool:
-        """Whether the last step() completed a batch and updated the weights.
-
-        Until the next backward pass, also where a framework then leaves step() out.
-        """
-        return self.cycle.updated and not self.cycle.observer.micro_batches
+        """Whether the last step() completed a batch and updated the weights."""
+        return self.cycle.updated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..eager import outside_graphs
 from ..statistics import GradientStatistics
 from .cycled import check_state
 from .work import refuse_sparse
+
+logger = logging.getLogger("adagrad_kernels")
 
 
 class LocalAdaptiveBatch:
@@ -101,6 +104,7 @@ class LocalAdaptiveBatch:
         self.updated = self.synchronised = False
         self.micro_batches = 0
         self._micro_batches = 0
+        self._left = self._gradients()
 
     @property
     def batch_size(self) -> int:
@@ -125,15 +129,17 @@ class LocalAdaptiveBatch:
         self.updated = self.synchronised = False
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not grads:
-            self._micro_batches = 0
+            self._begin()
             raise RuntimeError("step() without gradients: call backward() before it")
         self._micro_batches += 1
         size, count = self.controller.micro_batches()
         if self._micro_batches < count:
+            self._left = self._gradients()
             return result
         if count > 1:
             torch._foreach_mul_(grads, 1 / count)
-        self._micro_batches, self.micro_batches = 0, count
+        self.micro_batches = count
+        self._begin()
         self.synchronised = (self.controller.steps + 1) % self.local_steps == 0
         decision = self._test(grads, size * count) if self.synchronised else None
         self.optimizer.step()
@@ -141,7 +147,18 @@ class LocalAdaptiveBatch:
             self._average()
         self.controller.advance(decision)
         self.updated = True
+        self._left = self._gradients()
         return result
+
+    def _begin(self) -> None:
+        """Starts counting anew, with a new batch."""
+        self._micro_batches = 0
+        self.controller.ended += 1
+
+    def _gradients(self) -> list[tuple[int, int] | None]:
+        """What tells whether there has been a backward pass since."""
+        grads = (p.grad for p in self.model.parameters())
+        return [None if grad is None else (id(grad), grad._version) for grad in grads]
 
     @torch.no_grad()
     def _test(self, grads: list[Tensor], samples: int) -> Decision:
@@ -167,9 +184,18 @@ class LocalAdaptiveBatch:
 
     @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch, but does nothing while a batch is being accumulated."""
-        if not self._micro_batches:
-            self.optimizer.zero_grad(set_to_none)
+        """As in torch, but does nothing while a batch is being accumulated.
+
+        After a backward pass without a step the gradients are useless: the batch is left out.
+        """
+        if self._gradients() != self._left:
+            if self._micro_batches:
+                logger.warning("a batch is left out: zero_grad() instead of step()")
+            self._begin()
+        elif self._micro_batches:
+            return
+        self.optimizer.zero_grad(set_to_none)
+        self._left = self._gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, of this process, and the batch size with its history."""
@@ -192,5 +218,5 @@ class LocalAdaptiveBatch:
         self.controller.load_state_dict(state_dict["controller"])
         if isinstance(self.criterion, StatefulCriterion):
             self.criterion.load_state_dict(state_dict["criterion"])
-        self._micro_batches = 0
+        self._begin()
         self.zero_grad()
