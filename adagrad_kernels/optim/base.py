@@ -139,19 +139,24 @@ class AdaptiveAdagrad(Cycled, Optimizer):
         update = self._update if self.max_grad_norm is None else self._clipped_update
         try:
             found = update(work, self.cycle.gradient_scale)
-        except RuntimeError:  # nothing has changed
-            self._fit_sums(work)
-            found = update(work, self.cycle.gradient_scale)
+        except RuntimeError:
+            if not self._fit_sums(work):
+                raise
+            found = update(work, self.cycle.gradient_scale)  # the first had changed nothing
         for rows in sparse:
             rows.write_back()
         return work[0].lr, found
 
-    def _fit_sums(self, work: list[Work]) -> None:
+    def _fit_sums(self, work: list[Work]) -> bool:
         """Lays the accumulators out as their parameters, where the model was changed under them.
+
+        Returns:
+            Whether any had to be.
 
         Raises:
             RuntimeError: parameters of another dtype or on another device than before.
         """
+        changed = False
         for w in work:
             total, dtype = w.state.get("sum"), sum_dtype(w.param)
             if total is None or total.dim() < w.param.dim():
@@ -165,7 +170,8 @@ class AdaptiveAdagrad(Cycled, Optimizer):
                     "a new one"
                 )
             if not same_layout(total, w.param):
-                w.state["sum"] = laid_out_as(w.param, total)
+                w.state["sum"], changed = laid_out_as(w.param, total), True
+        return changed
 
     def state_and_rate(self, p: Tensor, group: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """A parameter's state, made where it is missing, and its lr_k."""
