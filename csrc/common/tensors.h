@@ -50,12 +50,14 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
   const std::vector<int64_t> strides(sizes.size(), 1);
   int32_t dtype, device_type, device_index;
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), dtype,
-                                                         device_type, device_index, &made));
+  // The macro that checks these results is named otherwise in torch 2.11.
+  const bool found =
+      aoti_torch_get_dtype(like.get(), &dtype) == 0 &&
+      aoti_torch_get_device_type(like.get(), &device_type) == 0 &&
+      aoti_torch_get_device_index(like.get(), &device_index) == 0 &&
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype, device_type, device_index, &made) == 0;
+  STD_TORCH_CHECK(found, "adagrad_kernels: no tensor could be made");
   return Tensor(made);
 }
 
